@@ -1,0 +1,45 @@
+"""The vocabulary of the project: plain arrays, pure functions, NamedTuples of functions.
+
+Shapes: B examples, H x W pixels, C channels. Images are NHWC float32 in [-1, 1].
+Times `t` are float32 [B] in the unit of the process (see `diffusion/process.py`).
+A condition `cond` is a dict of arrays with leading axis B; `{}` is unconditional:
+
+    "label":          int32 [B]    class index; the index `num_classes` is the null class
+    "guidance_scale": float32 [B]  g of `u + g (c - u)`, for networks that read it
+
+Keys `keys` are typed JAX keys of shape [B], one per example, so that a draw does
+not depend on how the batch is laid out over devices.
+"""
+
+from typing import Any, Protocol
+
+import jax
+
+Array = jax.Array
+Params = Any
+Cond = dict[str, Array]
+
+
+class NetFn(Protocol):
+  """A raw network: what it predicts is the business of `diffusion/prediction.py`.
+
+  `t` is the *network's* time input (`process.time_input(t)`, about 0..1000).
+  `keys` [B] switch dropout on; None is deterministic. With `features`, a tuple of
+  names, it returns `(out, {name: array})`.
+  """
+
+  def __call__(self, params: Params, x: Array, t: Array, cond: Cond, keys: Array | None = None,
+               features: tuple[str, ...] = ()) -> Any: ...
+
+
+class Denoiser(Protocol):
+  """A network seen as x0 estimator: `(params, x_t [B,H,W,C], t [B], cond) -> x0 [B,H,W,C]`."""
+
+  def __call__(self, params: Params, x_t: Array, t: Array, cond: Cond, keys: Array | None = None,
+               features: tuple[str, ...] = ()) -> Any: ...
+
+
+class DenoiseFn(Protocol):
+  """A denoiser with its parameters bound: `(x_t [B,H,W,C], t [B], cond) -> x0 [B,H,W,C]`."""
+
+  def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array: ...

@@ -1,0 +1,15 @@
+"""Strict numerics for every test: 8 virtual devices, no silent broadcasting, warnings are errors."""
+
+import os
+
+# Set before jax is imported: 8 CPU devices for the mesh and pmap tests, and a
+# cheaper compile (the nets are tiny; level 1 halves compile time, same speed).
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
