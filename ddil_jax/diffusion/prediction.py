@@ -1,0 +1,157 @@
+"""What a network predicts, to and from x0: eps, x0, v, flow, EDM preconditioning, the `both` head.
+
+    eps:  x0 = (x_t - sigma eps) / alpha
+    v:    v = alpha eps - sigma x0,   x0 = (alpha x_t - sigma v) / (alpha^2 + sigma^2)
+    flow: u = eps - x0,               x0 = (x_t - sigma u) / (alpha + sigma)
+    edm:  x0 = c_skip x' + c_out F(c_in x')       with x' = x_t / alpha at noise level sigma / alpha
+    both: x0 = w x_head + (1 - w) (x_t - sigma eps_head) / alpha,   w = sigma^2 / (alpha^2 + sigma^2)
+
+All formulas hold for every process; for variance-preserving ones the denominators are 1.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from ddil_jax.diffusion.process import Process, expand
+from ddil_jax.errors import UsageError
+from ddil_jax.types import Array, Denoiser, NetFn
+
+
+def _no_scaling(x_t, alpha, sigma):
+  del alpha, sigma
+  return x_t
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """A parameterisation; alpha and sigma come broadcastable to x_t.
+
+  Attributes:
+    name: name in configs.
+    to_x0: (out, x_t, alpha, sigma) -> x0.
+    from_x0: (x0, eps, alpha, sigma) -> the output that means x0 (the regression target).
+    scale_input: (x_t, alpha, sigma) -> the network's input.
+    channels: output channels per image channel.
+  """
+  name: str
+  to_x0: Callable
+  from_x0: Callable
+  scale_input: Callable = _no_scaling
+  channels: int = 1
+
+
+def eps() -> Prediction:
+  """Noise prediction (arXiv 2006.11239)."""
+  return Prediction("eps", lambda out, x, a, s: (x - s * out) / a, lambda x0, e, a, s: e)
+
+
+def x0() -> Prediction:
+  """Clean-image prediction."""
+  return Prediction("x0", lambda out, x, a, s: out, lambda x0, e, a, s: x0)
+
+
+def v() -> Prediction:
+  """Velocity prediction (arXiv 2202.00512, appendix D)."""
+  return Prediction("v", lambda out, x, a, s: (a * x - s * out) / (a**2 + s**2),
+                    lambda x0, e, a, s: a * e - s * x0)
+
+
+def flow() -> Prediction:
+  """Rectified-flow velocity, eps - x0 (arXiv 2209.03003)."""
+  return Prediction("flow", lambda out, x, a, s: (x - s * out) / (a + s), lambda x0, e, a, s: e - x0)
+
+
+def both() -> Prediction:
+  """Two heads, x0 and eps, on 2C channels, mixed by the noise share (arXiv 2202.00512, section 4)."""
+  def to_x0(out, x, a, s):
+    x_head, eps_head = jnp.split(out, 2, axis=-1)
+    w = s**2 / (a**2 + s**2)
+    return w * x_head + (1 - w) * (x - s * eps_head) / a
+  return Prediction("both", to_x0, lambda x0, e, a, s: jnp.concatenate([x0, e], -1), channels=2)
+
+
+def edm(sigma_data: float = 0.5, boundary_sigma_min: float | None = None) -> Prediction:
+  """EDM preconditioning (arXiv 2206.00364, table 1), or the consistency-model form of it.
+
+  Args:
+    sigma_data: standard deviation of the data.
+    boundary_sigma_min: if given, the boundary scalings of arXiv 2303.01469, with
+      f(x, sigma_min) = x.
+  """
+  if boundary_sigma_min is None:
+    scalings = lambda s: edm_scalings(s, sigma_data)  # noqa: E731
+  else:
+    scalings = lambda s: cm_scalings(s, sigma_data, boundary_sigma_min)  # noqa: E731
+
+  def to_x0(out, x, a, s):
+    c_skip, c_out, _ = scalings(s / a)
+    return c_skip * (x / a) + c_out * out
+
+  def from_x0(x0, e, a, s):
+    c_skip, c_out, _ = scalings(s / a)
+    return (x0 - c_skip * (x0 + s / a * e)) / c_out
+
+  return Prediction("edm", to_x0, from_x0, lambda x, a, s: scalings(s / a)[2] * (x / a))
+
+
+def edm_scalings(sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array, Array]:
+  """(c_skip, c_out, c_in) of EDM at noise level sigma (arXiv 2206.00364, table 1)."""
+  total = sigma**2 + sigma_data**2
+  return sigma_data**2 / total, sigma * sigma_data / jnp.sqrt(total), 1 / jnp.sqrt(total)
+
+
+def cm_scalings(sigma: Array, sigma_data: float = 0.5, sigma_min: float = 0.002) -> tuple[Array, Array, Array]:
+  """(c_skip, c_out, c_in) with f(x, sigma_min) = x (arXiv 2303.01469, appendix C)."""
+  total = sigma**2 + sigma_data**2
+  shifted = sigma - sigma_min
+  return (sigma_data**2 / (shifted**2 + sigma_data**2), shifted * sigma_data / jnp.sqrt(total),
+          1 / jnp.sqrt(total))
+
+
+def lcm_scalings(t: Array, sigma_data: float = 0.5, timestep_scaling: float = 10.0) -> tuple[Array, Array]:
+  """(c_skip, c_out) of latent consistency models: `f = c_skip x_t + c_out x0`, f(x, 0) = x.
+
+  c_out carries no sigma_data factor, unlike the consistency models'. Source: arXiv 2310.04378.
+
+  Args:
+    t: time in discrete steps (0..999) [B].
+  """
+  scaled = timestep_scaling * t
+  total = scaled**2 + sigma_data**2
+  return sigma_data**2 / total, scaled / jnp.sqrt(total)
+
+
+PREDICTIONS = {"eps": eps, "x0": x0, "v": v, "flow": flow, "edm": edm, "both": both}
+
+
+def make(name: str, **options) -> Prediction:
+  """A prediction by name. Raises UsageError with the names that exist."""
+  if name not in PREDICTIONS:
+    raise UsageError(f"unknown prediction '{name}'; there are: {', '.join(sorted(PREDICTIONS))}")
+  return PREDICTIONS[name](**options)
+
+
+def make_denoiser(net: NetFn, process: Process, prediction: Prediction,
+                  time_input: Callable[[Array], Array] | None = None) -> Denoiser:
+  """Turns a network into an x0 estimator.
+
+  Args:
+    net: (params, x [B,H,W,C], time input [B], cond, keys, features) -> out.
+    time_input: t [B] -> the network's time input; default `process.time_input`.
+
+  Returns:
+    (params, x_t, t, cond, keys=None, features=()) -> x0, or (x0, features) when names are asked for.
+    x0 has the dtype of x_t whatever the network computes in.
+  """
+  time_input = time_input or process.time_input
+
+  def denoiser(params, x_t, t, cond, keys=None, features=()):
+    alpha, sigma = expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)
+    out = net(params, prediction.scale_input(x_t, alpha, sigma), time_input(t), cond, keys, features)
+    out, named = out if features else (out, None)
+    estimate = prediction.to_x0(out.astype(x_t.dtype), x_t, alpha, sigma)
+    return (estimate, named) if features else estimate
+
+  return denoiser
