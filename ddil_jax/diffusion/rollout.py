@@ -15,7 +15,7 @@ def prior(process: Process, keys: Array, like: Array) -> Array:
 
 
 def rollout(policy: Policy, x_T: Array, grid: Array, cond: Cond, keys: Array,
-            stop: Array | None = None, path: bool = False) -> Array:
+            stop: Array | None = None, visit: Array | None = None, path: bool = False) -> Array:
   """Follows a policy from pure noise along a decreasing grid.
 
   Args:
@@ -24,21 +24,33 @@ def rollout(policy: Policy, x_T: Array, grid: Array, cond: Cond, keys: Array,
     grid: [N+1] times.
     keys: [B]; step i draws its noise from fold_in(keys, i).
     stop: int32 [B], the state at index stop[b] is returned for example b, with O(1) memory.
-    path: return the whole path instead.
+    visit: times [N,B], grid[i] >= visit[i] > grid[i+1]: returns, for each i, where a step of the
+      policy from grid[i] to visit[i] leads. The walk itself stays on the grid.
+    path: return the states at all times of the grid.
 
   Returns:
-    [B,H,W,C], the state at grid[N] or at grid[stop]; with `path`, [N+1,B,H,W,C].
+    [B,H,W,C], the state at grid[N] or at grid[stop]; with `visit`, [N,B,H,W,C]; with `path`,
+    [N+1,B,H,W,C].
   """
   grid = jnp.asarray(grid, x_T.dtype)
+  steps = (jnp.arange(len(grid) - 1), grid[:-1], grid[1:], visit)
 
   def body(state, inputs):
     x, carry = state
-    i, t, s = inputs
+    i, t, s, aside = inputs
     noise = keys_lib.normal_like(keys_lib.numbered(keys, i), x)
-    x_s, carry = policy.step(carry, x, jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s), cond, noise)
+    now = jnp.full(x.shape[:1], t)
+    x_s, next_carry = policy.step(carry, x, now, jnp.full(x.shape[:1], s), cond, noise)
+    out = x_s if path else None
+    if visit is not None:
+      # The network call is the same as above; the compiler computes it once.
+      moved, _ = policy.step(carry, x, now, aside, cond, noise)
+      out = jnp.where((aside == t).reshape((-1,) + (1,) * (x.ndim - 1)), x, moved)
     if stop is not None:
       x_s = jnp.where((i < stop).reshape((-1,) + (1,) * (x.ndim - 1)), x_s, x)
-    return (x_s, carry), (x_s if path else None)
+    return (x_s, next_carry), out
 
-  (x, _), visited = jax.lax.scan(body, (x_T, policy.init(x_T)), (jnp.arange(len(grid) - 1), grid[:-1], grid[1:]))
-  return jnp.concatenate([x_T[None], visited]) if path else x
+  (x, _), out = jax.lax.scan(body, (x_T, policy.init(x_T)), steps)
+  if visit is not None:
+    return out
+  return jnp.concatenate([x_T[None], out]) if path else x

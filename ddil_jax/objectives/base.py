@@ -1,0 +1,147 @@
+"""What a distillation method is: players with losses, a training grid, a student's sampler.
+
+A method is one file with `make(parts, **options) -> Objective`. Its losses are per example; the
+mean, the optimizers and the devices are the training step's business. The state distribution is
+independent of it: any objective takes its states from any mixture, except that one with
+`needs_x0` (its loss uses the clean image) is defined on forward states only.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddil_jax import keys as keys_lib
+from ddil_jax.diffusion.process import Process
+from ddil_jax.diffusion.solvers import Solver
+from ddil_jax.diffusion.transforms import Transform
+from ddil_jax.states.base import States
+from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
+
+Metrics = dict[str, Array]
+
+
+class Parts(NamedTuple):
+  """The networks and maths that `build` hands to every objective.
+
+  Attributes:
+    process: the forward process.
+    make_grid: n -> decreasing times [n+1], the last the clean end.
+    student, teacher, critic: denoisers; teacher is None when there is none (teacher training).
+    init_student, init_critic: (key, teacher params or None) -> params.
+    init_head: (key, feature [B,h,w,c]) -> params of the GAN head; head: (params, feature) -> logits [B].
+    guidance: scale (number or None = per state) -> Transform of the teacher.
+    num_classes: 0 for unconditional data; else the null label.
+    reflect_teacher, reflect_target, reflect_sampler: the transforms at the three places.
+  """
+  process: Process
+  make_grid: Callable[[int], np.ndarray]
+  student: Denoiser
+  init_student: Callable[[Array, Params], Params]
+  teacher: Denoiser | None
+  critic: Denoiser | None
+  init_critic: Callable[[Array, Params], Params] | None
+  head: Callable[[Params, Array], Array] | None
+  init_head: Callable[[Array, Array], Params] | None
+  guidance: Callable[[float | None], Transform]
+  guidance_scale: float
+  num_classes: int
+  image_shape: tuple[int, int, int]
+  reflect_teacher: Transform
+  reflect_target: Transform
+  reflect_sampler: Transform
+
+
+class View(NamedTuple):
+  """What a loss sees besides the parameters that it trains: everything as of the start of the step."""
+  params: Mapping[str, Params]
+  ema: Mapping[str, Params]
+  teacher: Params
+  step: Array
+
+
+class Player(NamedTuple):
+  """A network that trains: `loss(params, view, states, batch, keys [B]) -> (loss [B], {metric: [B]})`.
+
+  It is updated at the steps divisible by `period`, in the order of the objective's players.
+  """
+  name: str
+  loss: Callable[[Params, View, States, dict[str, Array], Array], tuple[Array, Metrics]]
+  period: int = 1
+
+
+class Objective(NamedTuple):
+  """A method.
+
+  Attributes:
+    name: the file's name.
+    grid: [N+1] training times; states are at grid[:-1].
+    sampler_grid: [K+1] times of the student's sampler.
+    solver: the student's sampler.
+    student: its denoiser as sampled, boundary scalings included.
+    teacher: teacher params -> guided and reflected DenoiseFn; None without a teacher.
+    init: (key, teacher params) -> {player: params}.
+    players: in update order; the first is the student.
+    draw: keys [B] -> (k int32 [B], t [B]) training times.
+    condition: (keys [B], cond) -> cond of a training state.
+    targets: {name: decay}: EMAs of the student that the losses read from `view.ema`.
+    needs_x0: the loss uses the clean image.
+    prior_first: forward states at index 0 are pure noise.
+  """
+  name: str
+  grid: np.ndarray
+  sampler_grid: np.ndarray
+  solver: Solver
+  student: Denoiser
+  teacher: Callable[[Params], DenoiseFn] | None
+  init: Callable[[Array, Params], dict[str, Params]]
+  players: tuple[Player, ...]
+  draw: Callable[[Array], tuple[Array, Array]]
+  condition: Callable[[Array, Cond], Cond]
+  targets: Mapping[str, float] = {}
+  needs_x0: bool = False
+  prior_first: bool = False
+
+
+def bind(denoiser: Denoiser, params: Params, keys: Array | None = None) -> DenoiseFn:
+  """A DenoiseFn of fixed parameters and dropout keys."""
+  return lambda x_t, t, cond: denoiser(params, x_t, t, cond, keys)
+
+
+def draw_index(grid: np.ndarray) -> Callable[[Array], tuple[Array, Array]]:
+  """Uniform training index on a grid, the clean end excluded."""
+  def draw(keys):
+    k = keys_lib.randint(keys_lib.named(keys, "k"), 0, len(grid) - 1)
+    return k, jnp.asarray(grid, jnp.float32)[k]
+  return draw
+
+
+def unchanged(keys: Array, cond: Cond) -> Cond:
+  """The condition of a method that adds nothing."""
+  del keys
+  return cond
+
+
+def next_time(grid: np.ndarray, k: Array, like: Array) -> Array:
+  """grid[k + 1] in the dtype of `like`."""
+  return jnp.asarray(grid, like.dtype)[k + 1]
+
+
+def subset(grid: np.ndarray, num_steps: int) -> np.ndarray:
+  """`num_steps` evenly spaced times of a training grid and its end, as LCM's scheduler picks them."""
+  picked = np.floor(np.linspace(0, len(grid) - 1, num_steps, endpoint=False)).astype(int)
+  return np.concatenate([grid[:-1][picked], grid[-1:]])
+
+
+def guided_teacher(parts: Parts, guidance_scale: float | None) -> Callable[[Params], DenoiseFn]:
+  """teacher params -> DenoiseFn: guidance first, then the teacher's reflection."""
+  def bound(params: Params) -> DenoiseFn:
+    return parts.reflect_teacher(parts.guidance(guidance_scale)(bind(parts.teacher, params)))
+  return bound
+
+
+def stop(tree: Any) -> Any:
+  """Stops gradients through every array of a tree."""
+  return jax.lax.stop_gradient(tree)
