@@ -1,0 +1,156 @@
+"""The training step: a pure function from TrainState to TrainState.
+
+`make_train_step` is the way of the data, read from top to bottom: keys, states, then each
+player's loss, gradient and update, the averages, the metrics.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ddil_jax import keys as keys_lib
+from ddil_jax.objectives.base import Objective, Player, View
+from ddil_jax.states.base import SOURCES, Context, StateDistribution, States
+from ddil_jax.types import Array, Params
+
+
+class TrainState(NamedTuple):
+  """Everything that training changes; a checkpoint holds all of it.
+
+  Attributes:
+    step: int32.
+    params, opt: {player: ...}.
+    ema: {name: params}, EMAs of the student: the objective's targets and those of the config.
+    dist: the state distribution's state (replay buffers).
+    bad_steps: int32, updates skipped in a row because a loss or gradient was not finite.
+  """
+  step: Array
+  params: dict[str, Params]
+  opt: dict[str, Any]
+  ema: dict[str, Params]
+  dist: Any
+  bad_steps: Array
+
+
+class Mean(NamedTuple):
+  """A metric as (sum, count), so that means over steps, devices and sources add up; count 0: none."""
+  total: Array
+  count: Array
+
+
+def init_state(objective: Objective, distribution: StateDistribution, optimizers, ema_decays: Mapping[str, float],
+               key: Array, teacher: Params, batch) -> TrainState:
+  """The state before the first step. Every network starts as a copy of its own.
+
+  Args:
+    optimizers: {player: optax.GradientTransformation}.
+    ema_decays: {name: decay}, the objective's targets included.
+    batch: an example batch, for shapes.
+  """
+  params = objective.init(key, teacher)
+  copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
+  ema = {name: copy(params["student"]) for name in ema_decays}
+  zero = jnp.zeros((), jnp.int32)
+  ctx = _context(zero, key, batch, params["student"], teacher, batch["lane"].shape[0])
+  opt = {player.name: optimizers[player.name].init(params[player.name]) for player in objective.players}
+  return TrainState(zero, params, opt, ema, distribution.init(ctx), zero)
+
+
+def _context(step, root, batch, student, teacher, batch_size) -> Context:
+  key = jax.random.fold_in(root, step)
+  return Context(step, key, keys_lib.per_example(key, batch["lane"]), batch, student, teacher, batch_size)
+
+
+def make_train_step(objective: Objective, distribution: StateDistribution, optimizers, ema_decays: Mapping[str, float],
+                    batch_size: int, rollout_params: str = "raw", axis_name: str | None = None):
+  """Builds `(state, frozen, batch, root_key) -> (state, {name: Mean})`.
+
+  Args:
+    objective, distribution: what is learned, and on which states.
+    optimizers: {player: optax.GradientTransformation}.
+    ema_decays: {name: decay} of the student's EMAs, updated after each student update.
+    batch_size: examples over all devices.
+    rollout_params: "raw", or the name of the EMA with which the student acts in rollouts.
+    axis_name: the mapped axis under pmap; None under jit, where arrays are global.
+
+  `frozen` is {"teacher": params}: an argument, since what is closed over becomes constants of the
+  compiled program.
+  """
+  average = (lambda tree: jax.lax.pmean(tree, axis_name)) if axis_name else (lambda tree: tree)
+  add_up = (lambda tree: jax.lax.psum(tree, axis_name)) if axis_name else (lambda tree: tree)
+
+  def train_step(state: TrainState, frozen, batch, root: Array):
+    teacher = frozen["teacher"]
+    actor = state.params["student"] if rollout_params == "raw" else state.ema[rollout_params]
+    ctx = _context(state.step, root, batch, actor, teacher, batch_size)
+    states, dist = distribution.sample(state.dist, ctx)
+    states = jax.lax.stop_gradient(states)
+
+    view = View(state.params, state.ema, teacher, state.step)
+    params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
+    all_finite = jnp.array(True)
+    for player in objective.players:
+      name = player.name
+      averages = ema if name == "student" else {}
+      update = lambda own: _update(player, optimizers[name], ema_decays, view, states, batch, ctx.keys,  # noqa: E731
+                                   average, add_up, own)
+      own = (params[name], opt[name], averages)
+      if player.period == 1:
+        own, finite, player_metrics = update(own)
+      else:
+        skip = lambda own: (own, jnp.array(True), _no_metrics(update, own))  # noqa: E731
+        own, finite, player_metrics = jax.lax.cond(state.step % player.period == 0, update, skip, own)
+      params[name], opt[name], averages = own
+      ema.update(averages)
+      all_finite &= finite
+      metrics.update(player_metrics)
+
+    bad_steps = jnp.where(all_finite, 0, state.bad_steps + 1).astype(jnp.int32)
+    one = jnp.ones(())
+    metrics["skipped"] = Mean((~all_finite).astype(jnp.float32), one)
+    return TrainState(state.step + 1, params, opt, ema, dist, bad_steps), metrics
+
+  return train_step
+
+
+def _update(player: Player, optimizer, ema_decays, view: View, states: States, batch, keys, average, add_up, own):
+  """One player's gradient step; a step that is not finite changes nothing."""
+  params, opt, ema = own
+
+  def mean_loss(p):
+    loss, extra = player.loss(p, view, states, batch, keys)
+    return loss.mean(), (loss, extra)
+
+  (value, (loss, extra)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+  # Averaged before clipping inside the optimizer: the clip sees the gradient of the whole batch.
+  grads, value = average(grads), average(value)
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(norm) & jnp.isfinite(value)
+  updates, new_opt = optimizer.update(grads, opt, params)
+  new_params = optax.apply_updates(params, updates)
+  new_ema = {name: optax.incremental_update(new_params, old, 1 - ema_decays[name]) for name, old in ema.items()}
+  keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
+  own = (keep(new_params, params), keep(new_opt, opt), keep(new_ema, ema))
+  return own, finite, _metrics(player.name, loss, extra, states.source, norm, finite, add_up)
+
+
+def _metrics(name, loss, extra, source, norm, finite, add_up) -> dict[str, Mean]:
+  """Means of the loss (all, and per source), of the extra terms, and of the gradient norm."""
+  count = jnp.full((), loss.shape[0], jnp.float32)
+  out = {f"{name}/loss": Mean(loss.sum(), count)}
+  for i, which in enumerate(SOURCES):
+    mask = source == i
+    out[f"{name}/loss@{which}"] = Mean(jnp.where(mask, loss, 0).sum(), mask.sum().astype(jnp.float32))
+  out |= {f"{name}/{key}": Mean(v.sum(), count) for key, v in extra.items()}
+  # A step that was skipped must not turn the averages of the others into NaN.
+  out = {key: Mean(jnp.where(finite, m.total, 0), jnp.where(finite, m.count, 0)) for key, m in add_up(out).items()}
+  out[f"{name}/grad_norm"] = Mean(jnp.where(finite, norm, 0), finite.astype(jnp.float32))
+  return out
+
+
+def _no_metrics(update, own):
+  shapes = jax.eval_shape(update, own)[2]
+  return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)
