@@ -1,0 +1,35 @@
+"""Fake images of any shape: a smooth pattern per class and noise. For smoke configs and tests."""
+
+import numpy as np
+
+from ddil_jax.data.dataset import Dataset
+from ddil_jax.errors import UsageError
+
+_SPLITS = ("train", "test")
+
+
+def load(split: str = "train", image_size: int = 8, channels: int = 1, num_classes: int = 10,
+         num_examples: int = 256, seed: int = 0) -> Dataset:
+  """Makes a set from its arguments alone; the classes are the same in both splits, the noise is not.
+
+  `x = clip(0.7 cos(2 pi (f_h h + f_w w + p)) + 0.2 n, -1, 1)`, n ~ N(0, 1), with frequencies f in
+  {0, 1, 2} and a phase p per class and channel; labels go round: `i mod num_classes`.
+
+  Raises:
+    UsageError: a size below 1.
+  """
+  sizes = dict(image_size=image_size, channels=channels, num_classes=num_classes, num_examples=num_examples)
+  for key, value in sizes.items():
+    if value < 1:
+      raise UsageError(f"fake: {key} must be at least 1, not {value}")
+  rng = np.random.default_rng([seed, image_size, channels, num_classes])
+  freq = rng.integers(0, 3, (2, num_classes, channels))
+  phase = rng.random((num_classes, channels))
+  grid = np.arange(image_size) / image_size
+  angle = (freq[0][:, None, None] * grid[None, :, None, None] + freq[1][:, None, None] * grid[None, None, :, None]
+           + phase[:, None, None])
+  labels = np.arange(num_examples, dtype=np.int32) % num_classes
+  noise = np.random.default_rng([seed, 1 + _SPLITS.index(split)]).standard_normal(
+      (num_examples, image_size, image_size, channels), dtype=np.float32)
+  images = 0.7 * np.cos(2 * np.pi * angle).astype(np.float32)[labels] + np.float32(0.2) * noise
+  return Dataset("fake", images.clip(-1, 1), labels, num_classes, (-1.0, 1.0), split)
