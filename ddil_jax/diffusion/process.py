@@ -179,6 +179,25 @@ def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, time_scale: float = 2
       t_max=sigma_max, t_min=sigma_min, t_clean=0.0, prior_std=sigma_max, variance_preserving=False)
 
 
+def noise_level(t_max: float = 80.0, time_input: Callable[[Array], Array] | None = None) -> Process:
+  """A variance-preserving process whose time is the noise level sigma / alpha: samplers in that unit
+  (Euler on Stable Diffusion, Karras grids) on networks that were trained on another one.
+
+    alpha = 1 / sqrt(1 + t^2),   sigma = t / sqrt(1 + t^2)
+
+  Args:
+    t_max: largest level.
+    time_input: level [B] -> the network's time input, default the level itself.
+  """
+  return Process(
+      name="noise_level",
+      alpha=lambda t: 1 / jnp.sqrt(1 + t**2),
+      sigma=lambda t: t / jnp.sqrt(1 + t**2),
+      log_snr=lambda t: -2 * jnp.log(t),
+      time_input=time_input or jnp.asarray,
+      t_max=t_max, t_min=1e-3, t_clean=0.0, prior_std=1.0, variance_preserving=True)
+
+
 def flow() -> Process:
   """Rectified flow, `x_t = (1 - t) x0 + t eps`, t in [0, 1] (arXiv 2209.03003)."""
   return Process(
