@@ -6,9 +6,8 @@ import zlib
 
 import numpy as np
 
-from ddil_jax.data import manual
-from ddil_jax.data.builder import Arrays, ImageBuilder
-from ddil_jax.data.manual import Published
+from ddil_jax.data.builder import Arrays
+from ddil_jax.data.manual import ManualBuilder, Published
 from ddil_jax.errors import UsageError
 
 FILE = "cifar-10-binary.tar.gz"
@@ -22,28 +21,16 @@ _RECORD = 1 + 32 * 32 * 3
 _MAX_RECORDS = 10_000  # of one member
 
 
-class Cifar10(ImageBuilder, skip_registration=True):
-  """CIFAR-10: 50,000 + 10,000 images of 32 x 32 x 3.
-
-  Args of the constructor:
-    folders: where to look for the archive (see `manual.places`).
-    checksums: {file: Published}; None takes the published one, {} checks none.
-  """
+class Cifar10(ManualBuilder, skip_registration=True):
+  """CIFAR-10: 50,000 + 10,000 images of 32 x 32 x 3."""
   IMAGE_SHAPE = _SHAPE
   CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
   ABOUT = "CIFAR-10, 32x32, from the original binary archive."
   HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
   FILES = {FILE: Published(170052171, "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")}
 
-  def __init__(self, *, folders=(), checksums=None, **kwargs):
-    self._folders = [pathlib.Path(f) for f in folders]
-    self._checksums = self.FILES if checksums is None else checksums
-    super().__init__(**kwargs)
-
   def read(self):
-    path = manual.find(self.name, (FILE,), self._folders, self.HOMEPAGE)[FILE]
-    for published in self._checksums.values():
-      manual.verify(self.name, path, published)
+    path = self.given_files()[FILE]
     members = read_members(path)
     return {split: _decode(path, [members[m] for m in names]) for split, names in _MEMBERS.items()}
 
@@ -68,8 +55,8 @@ def read_members(path: pathlib.Path) -> dict[str, bytes]:
         if not member.isreg() or member.name in found:
           raise UsageError(f"{path}: member {member.name} occurs twice or is not a plain file")
         if member.size % _RECORD or not 0 < member.size <= _RECORD * _MAX_RECORDS:
-          raise UsageError(f"{path}: member {member.name} has {member.size} bytes; 1 to {_MAX_RECORDS} records of "
-                           f"{_RECORD} bytes are expected")
+          raise UsageError(f"{path}: member {member.name} has {member.size} bytes; 1 to {_MAX_RECORDS} "
+                           f"records of {_RECORD} bytes are expected")
         found[member.name] = tar.extractfile(member).read()
         if len(found[member.name]) != member.size:
           raise UsageError(f"{path}: member {member.name} is cut short")

@@ -26,8 +26,8 @@ def load(split: str = "train", image_size: int = 8, channels: int = 1, num_class
   freq = rng.integers(0, 3, (2, num_classes, channels))
   phase = rng.random((num_classes, channels))
   grid = np.arange(image_size) / image_size
-  angle = (freq[0][:, None, None] * grid[None, :, None, None] + freq[1][:, None, None] * grid[None, None, :, None]
-           + phase[:, None, None])
+  rows, columns = grid[None, :, None, None], grid[None, None, :, None]
+  angle = freq[0][:, None, None] * rows + freq[1][:, None, None] * columns + phase[:, None, None]
   labels = np.arange(num_examples, dtype=np.int32) % num_classes
   noise = np.random.default_rng([seed, 1 + _SPLITS.index(split)]).standard_normal(
       (num_examples, image_size, image_size, channels), dtype=np.float32)

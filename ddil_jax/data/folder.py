@@ -64,11 +64,12 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
       skipped.append((str(file.relative_to(root)), _reason(e)))
   if skipped:
     listed = "; ".join(f"{file}: {reason}" for file, reason in skipped[:10])
-    logging.warning("folder: %d of %d files in %s cannot be used: %s%s", len(skipped), len(files), root, listed,
-                    "; ..." if len(skipped) > 10 else "")
+    logging.warning("folder: %d of %d files in %s cannot be used: %s%s", len(skipped), len(files), root,
+                    listed, "; ..." if len(skipped) > 10 else "")
   if not images:
     why = f"; the first of {len(skipped)} that failed: {': '.join(skipped[0])}" if skipped else ""
-    raise UsageError(f"folder: no usable image for split {split!r} in {root} (suffixes {', '.join(_SUFFIXES)}){why}")
+    raise UsageError(
+        f"folder: no usable image for split {split!r} in {root} (suffixes {', '.join(_SUFFIXES)}){why}")
   return Dataset("folder", to_unit(np.stack(images), (0, 255)), np.asarray(labels, np.int32), len(classes),
                  (0.0, 255.0), split, tuple(skipped))
 
@@ -86,8 +87,8 @@ def _classes(files: list[tuple[str, pathlib.Path]]) -> list[str]:
   classes = sorted({label for label, _ in files})
   if "" in classes and len(classes) > 1:
     stray = next(file for label, file in files if label == "")
-    raise UsageError(f"folder: {stray} lies beside the sub-folders {', '.join(classes[1:4])}; put every image into "
-                     "a sub-folder, or none")
+    raise UsageError(f"folder: {stray} lies beside the sub-folders {', '.join(classes[1:4])}; put every "
+                     "image into a sub-folder, or none")
   return classes
 
 
@@ -106,4 +107,6 @@ def _read(file: pathlib.Path, image_size: int, channels: int) -> np.ndarray:
 
 
 def _reason(error: Exception) -> str:
-  return "not an image" if isinstance(error, Image.UnidentifiedImageError) else " ".join(str(error).split())[:200]
+  if isinstance(error, Image.UnidentifiedImageError):
+    return "not an image"
+  return " ".join(str(error).split())[:200] or type(error).__name__

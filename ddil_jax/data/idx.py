@@ -8,9 +8,7 @@ import zlib
 
 import numpy as np
 
-from ddil_jax.data import manual
-from ddil_jax.data.builder import ImageBuilder
-from ddil_jax.data.manual import Published
+from ddil_jax.data.manual import ManualBuilder, Published
 from ddil_jax.errors import UsageError
 
 _SPLITS = {"train": "train", "test": "t10k"}
@@ -45,7 +43,8 @@ def read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
       dims = struct.unpack(f">{ndim}I", header)
       count = math.prod(dims)
       if not 0 < count <= _MAX_VALUES:
-        raise UsageError(f"{path}: its header gives the dimensions {dims}; 1 to {_MAX_VALUES} values can be read")
+        raise UsageError(f"{path}: its header gives the dimensions {dims}; 1 to {_MAX_VALUES} values can be "
+                         "read")
       data = f.read(count + 1)  # one more, to see a file that is too long
   except (OSError, EOFError, zlib.error) as e:
     raise UsageError(f"{path}: cannot be read as gzip: {e}") from e
@@ -55,35 +54,23 @@ def read_idx(path: pathlib.Path, ndim: int) -> np.ndarray:
   return np.frombuffer(data, np.uint8).reshape(dims)
 
 
-class _Idx(ImageBuilder, skip_registration=True):
-  """A set in the layout of MNIST.
-
-  Args of the constructor:
-    folders: where to look for the four files (see `manual.places`).
-    checksums: {file: Published}; None takes the published ones, {} checks none.
-  """
+class _Idx(ManualBuilder, skip_registration=True):
+  """A set in the layout of MNIST."""
   IMAGE_SHAPE = (28, 28, 1)
-  FILES: dict[str, Published]
-
-  def __init__(self, *, folders=(), checksums=None, **kwargs):
-    self._folders = [pathlib.Path(f) for f in folders]
-    self._checksums = self.FILES if checksums is None else checksums
-    super().__init__(**kwargs)
 
   def read(self):
-    paths = manual.find(self.name, tuple(self.FILES), self._folders, self.HOMEPAGE)
-    for file, published in self._checksums.items():
-      manual.verify(self.name, paths[file], published)
+    paths = self.given_files()
     arrays = {}
     for split, prefix in _SPLITS.items():
       image_file, label_file = (paths[f"{prefix}-{kind}-ubyte.gz"] for kind in ("images-idx3", "labels-idx1"))
       images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
       if images.shape[1:] != self.IMAGE_SHAPE[:2]:
-        raise UsageError(f"{image_file}: images of {images.shape[1]}x{images.shape[2]}, {self.name} has 28x28")
+        raise UsageError(
+            f"{image_file}: images of {images.shape[1]}x{images.shape[2]}, {self.name} has 28x28")
       if len(images) != len(labels):
         raise UsageError(f"{image_file} has {len(images)} images, {label_file} {len(labels)} labels")
       if labels.max() >= len(self.CLASSES):
-        raise UsageError(f"{label_file}: label {labels.max()} where {self.name} has 0..{len(self.CLASSES) - 1}")
+        raise UsageError(f"{label_file}: label {labels.max()} where {self.name} has 0..9")
       arrays[split] = (images[..., None], labels)
     return arrays
 

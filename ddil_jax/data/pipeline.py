@@ -72,8 +72,8 @@ def _load_built(cls: type[ImageBuilder], split: str, data_dir=None, image_size=N
   return _read(cls, split, data_dir or default_data_dir(), image_size)
 
 
-def _load_brought(cls: type[ImageBuilder], split: str, data_dir=None, image_size=None, manual_dir=None,
-                  checksums=None) -> Dataset:
+def _load_brought(cls: type[manual.ManualBuilder], split: str, data_dir=None, image_size=None,
+                  manual_dir=None, checksums=None) -> Dataset:
   data_dir = data_dir or default_data_dir()
   return _read(cls, split, data_dir, image_size, folders=manual.places(cls.name, data_dir, manual_dir),
                checksums=checksums)
@@ -84,8 +84,8 @@ def _read(cls: type[ImageBuilder], split: str, data_dir: str | os.PathLike, imag
   prepared = find_prepared(cls.name, str(cls.VERSION), data_dir) or prepare(cls, data_dir, **kwargs)
   images, labels = read_prepared(prepared, split)
   if images.shape[1:] != cls.IMAGE_SHAPE:
-    raise UsageError(f"{cls.name}: {prepared} holds images of shape {images.shape[1:]}, not {cls.IMAGE_SHAPE}; "
-                     "remove that folder and it is prepared anew")
+    raise UsageError(f"{cls.name}: {prepared} holds images of shape {images.shape[1:]}, not "
+                     f"{cls.IMAGE_SHAPE}; remove that folder and it is prepared anew")
   value_range = (0.0, float(cls.PIXEL_MAX))
   images = to_unit(images, value_range)
   if image_size is not None:
@@ -170,8 +170,8 @@ def batches(dataset: Dataset, batch_size: int, seed: int, flip: bool = False, pr
   """
   n = len(dataset.images)
   if not 1 <= batch_size <= n:
-    raise UsageError(f"batch_size {batch_size} does not fit {dataset.name}/{dataset.split} with {n} examples; "
-                     f"valid: 1 to {n}")
+    raise UsageError(f"batch_size {batch_size} does not fit {dataset.name}/{dataset.split} with {n} "
+                     f"examples; valid: 1 to {n}")
   if not 0 <= seed < 2**64:
     raise UsageError(f"data seed {seed} is out of range; valid: 0 to 2**64 - 1")
   if not 0 <= process_index < process_count:
@@ -179,7 +179,8 @@ def batches(dataset: Dataset, batch_size: int, seed: int, flip: bool = False, pr
   if batch_size % process_count:
     raise UsageError(f"batch_size {batch_size} must be a multiple of the {process_count} processes")
   local = batch_size // process_count
-  return Batches(dataset, batch_size, seed, flip, np.arange(process_index * local, (process_index + 1) * local))
+  lanes = np.arange(process_index * local, (process_index + 1) * local)
+  return Batches(dataset, batch_size, seed, flip, lanes)
 
 
 def preflight(dataset: Dataset) -> dict[str, Any]:
@@ -201,7 +202,8 @@ def preflight(dataset: Dataset) -> dict[str, Any]:
   if images.dtype != np.float32:
     raise UsageError(f"{where}: images are {images.dtype}, float32 in [-1, 1] is expected")
   if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-    raise UsageError(f"{where}: labels are {labels.dtype} {labels.shape}, integers [{len(images)}] are expected")
+    raise UsageError(
+        f"{where}: labels are {labels.dtype} {labels.shape}, integers [{len(images)}] are expected")
   lo, hi = float(images.min()), float(images.max())  # nan and inf show in them
   if not np.isfinite([lo, hi]).all():
     bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
@@ -211,14 +213,15 @@ def preflight(dataset: Dataset) -> dict[str, Any]:
   if lo == hi:
     raise UsageError(f"{where}: every pixel of every image is {lo:g}; there is nothing to learn")
   if labels.min() < 0 or labels.max() >= dataset.num_classes:
-    raise UsageError(f"{where}: labels from {labels.min()} to {labels.max()}, 0 to {dataset.num_classes - 1} are "
-                     "expected")
+    raise UsageError(f"{where}: labels from {labels.min()} to {labels.max()}, 0 to "
+                     f"{dataset.num_classes - 1} are expected")
   counts = np.bincount(labels, minlength=dataset.num_classes)
   info = {
       "name": dataset.name, "split": dataset.split, "count": len(images), "shape": dataset.image_shape,
       "value_range": (lo, hi), "num_classes": dataset.num_classes,
       "per_class": (int(counts.min()), int(counts.max())), "skipped": len(dataset.skipped)}
-  summary = (f"{dataset.name}/{dataset.split}: {len(images):,} images {'x'.join(map(str, dataset.image_shape))}, "
+  shape = "x".join(map(str, dataset.image_shape))
+  summary = (f"{dataset.name}/{dataset.split}: {len(images):,} images {shape}, "
              f"values {lo:g} to {hi:g}, {dataset.num_classes} class{'es' * (dataset.num_classes > 1)} of "
              f"{counts.min():,} to {counts.max():,}")
   if dataset.skipped:
