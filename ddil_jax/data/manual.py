@@ -67,7 +67,8 @@ def find(name: str, files: tuple[str, ...], folders: list[pathlib.Path],
   if missing[nearest]:
     raise UsageError(
         f"{name}: missing {', '.join(missing[nearest])}; looked in {', '.join(map(str, folders))}; "
-        f"nothing is downloaded: get what is missing from {source} into {folders[0]}, or name its folder as manual_dir")
+        f"nothing is downloaded: get what is missing from {source} into {folders[0]}, or name its folder as "
+        "manual_dir")
   return {f: nearest / f for f in files}
 
 

@@ -93,7 +93,7 @@ def header(*dims, magic=None):
     (gzip.compress(header(0, 28, 28)), "dimensions"),
     (gzip.compress(header(2**32 - 1, 2**32 - 1, 2**32 - 1)), "dimensions"),
     (gzip.compress(header(2, 28, 28) + bytes(2 * 784))[:-12], "cannot be read as gzip"),
-])
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_odd_idx_files(tmp_path, data, match):
   path = tmp_path / "images.gz"
   path.write_bytes(data)
