@@ -96,6 +96,19 @@ def edm(sigma_data: float = 0.5, boundary_sigma_min: float | None = None) -> Pre
   return Prediction("edm", to_x0, from_x0, lambda x, a, s: scalings(s / a)[2] * (x / a))
 
 
+def convert(out: Array, x_t: Array, alpha: Array, sigma: Array, source: Prediction, target: Prediction) -> Array:
+  """The output of one parameterisation as that of another: the same x0 at the same x_t.
+
+  Noise that a network predicts itself is passed on; recomputed from x0 it would lose digits at
+  small sigma.
+  """
+  if source.name == target.name:
+    return out
+  estimate = source.to_x0(out, x_t, alpha, sigma)
+  noise = out if source.name == "eps" else (x_t - alpha * estimate) / sigma
+  return target.from_x0(estimate, noise, alpha, sigma)
+
+
 def edm_scalings(sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array, Array]:
   """(c_skip, c_out, c_in) of EDM at noise level sigma (arXiv 2206.00364, table 1)."""
   total = sigma**2 + sigma_data**2

@@ -212,6 +212,11 @@ def flow() -> Process:
 # Tables -------------------------------------------------------------------------------------
 
 
+def _cumprod(betas: np.ndarray) -> np.ndarray:
+  """Cumulative product of 1 - beta, float32: summed up in float64, as PyTorch does on a CPU."""
+  return np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
+
+
 def sd_betas(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
   """Scaled-linear betas [num_steps]: squares of a linear ramp of square roots, in float32."""
   root = np.linspace(np.float32(beta_start**0.5), np.float32(beta_end**0.5), num_steps, dtype=np.float32)
@@ -220,12 +225,12 @@ def sd_betas(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float
 
 def sd_alphas_cumprod(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
   """Cumulative product of 1 - beta [num_steps] of the scaled-linear schedule."""
-  return np.cumprod(1 - sd_betas(num_steps, beta_start, beta_end))
+  return _cumprod(sd_betas(num_steps, beta_start, beta_end))
 
 
 def ddpm_linear_alphas_cumprod(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
   """DDPM's linear betas (arXiv 2006.11239) as cumulative alphas [num_steps]."""
-  return np.cumprod(1 - np.linspace(beta_start, beta_end, num_steps, dtype=np.float32))
+  return _cumprod(np.linspace(beta_start, beta_end, num_steps, dtype=np.float32))
 
 
 def cosine_alphas_cumprod(num_steps: int = 1000, max_beta: float = 0.999) -> np.ndarray:
@@ -233,7 +238,7 @@ def cosine_alphas_cumprod(num_steps: int = 1000, max_beta: float = 0.999) -> np.
   bar = lambda u: np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
   steps = np.arange(num_steps) / num_steps
   betas = np.minimum(1 - bar(steps + 1 / num_steps) / bar(steps), max_beta).astype(np.float32)
-  return np.cumprod(1 - betas)
+  return _cumprod(betas)
 
 
 def rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:

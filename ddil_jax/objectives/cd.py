@@ -57,7 +57,8 @@ def make(parts: Parts, num_scales: int = 18, sampler_steps: int = 4, distance: s
   if num_scales < 2:
     raise UsageError(f"cd: num_scales {num_scales} must be at least 2")
   process = parts.process
-  grid = parts.make_grid(num_scales - 1)
+  # A noise-level grid ends at its smallest level, where f(x, t) = x; others at the clean end.
+  grid = parts.make_grid(num_scales)[:-1] if process.name == "edm" else parts.make_grid(num_scales - 1)
   teacher = None if from_data else guided_teacher(parts, parts.guidance_scale)
   distance_fn, weight_fn = distances.make(distance), weighting.make(weight)
   step = solvers.make(solver)

@@ -11,8 +11,8 @@ Source: arXiv 2006.11239; 2202.00512 (weights); 2206.00364 (EDM).
 import jax.numpy as jnp
 
 from ddil_jax import keys as keys_lib
+from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
-from ddil_jax.diffusion.distance import l2
 from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import Objective, Parts, Player
 from ddil_jax.types import Array, Cond, Denoiser, Params
@@ -23,7 +23,7 @@ TIME_DISTRIBUTIONS = ("uniform", "lognormal")
 def denoising_loss(process, denoiser: Denoiser, params: Params, x_t: Array, t: Array, x0: Array, cond: Cond,
                    weight, keys: Array | None = None) -> Array:
   """Weighted x0-MSE per example [B]; weight is (process, t) -> [B]."""
-  return weight(process, t) * l2(denoiser(params, x_t, t, cond, keys), x0)
+  return weight(process, t) * distances.l2()(denoiser(params, x_t, t, cond, keys), x0)
 
 
 def make(parts: Parts, weight: str = "v_mse", label_dropout: float = 0.1, sampler_steps: int = 32,

@@ -22,12 +22,15 @@ import jax
 import jax.numpy as jnp
 
 from ddil_jax import keys as keys_lib
+from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
-from ddil_jax.diffusion.distance import l2
 from ddil_jax.diffusion.process import Process, add_noise
 from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import Objective, Parts, Player, bind, draw_index, guided_teacher, stop, unchanged
 from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
+
+
+mse = distances.l2()
 
 
 def dm_gradient(x: Array, d_real: Array, d_fake: Array, tiny: float = 1e-12) -> Array:
@@ -39,7 +42,7 @@ def dm_gradient(x: Array, d_real: Array, d_fake: Array, tiny: float = 1e-12) -> 
 
 def carry_gradient(x: Array, gradient: Array) -> Array:
   """`1/2 mean (x - sg(x - gradient))^2` per example [B]: its derivative by x is gradient / numel."""
-  return 0.5 * l2(x, stop(x - gradient))
+  return 0.5 * mse(x, stop(x - gradient))
 
 
 def dm_loss(process: Process, real: DenoiseFn, fake: DenoiseFn, x: Array, t: Array, noise: Array, cond: Cond,
@@ -57,7 +60,7 @@ def critic_loss(process: Process, fake: DenoiseFn, x: Array, t: Array, noise: Ar
   x = stop(x)
   x_t = add_noise(process, x, noise, t)
   x0 = fake(x_t, t, cond)
-  return weight(process, t) * l2(x0, x), {"x_t": x_t, "x0": x0}
+  return weight(process, t) * mse(x0, x), {"x_t": x_t, "x0": x0}
 
 
 def gan_logits(process: Process, critic: Denoiser, head, params: Params, x: Array, t: Array, noise: Array | None,
@@ -97,7 +100,7 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
   if period < 1:
     raise UsageError(f"dmd2: period {period} must be at least 1")
   grid = parts.make_grid(num_steps)
-  table = time_table(process, karras=lambda n: parts.make_grid(n - 1)[:n])
+  table = time_table(process, karras=lambda n: parts.make_grid(n)[:n])
   low, high = (round(f * len(table)) for f in dm_range)
   teacher = guided_teacher(parts, parts.guidance_scale)
   weight_fn = weighting.make(critic_weight, cap=weight_cap)
@@ -120,7 +123,7 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
     fake = parts.reflect_target(bind(parts.critic, critic["net"]))
     loss, parts_of_it = dm_loss(process, teacher(view.teacher), fake, x, times(keys, "dm_t", low, high + 1),
                                 noise(keys, "dm_eps", x), states.cond, tiny=tiny)
-    metrics = {"dm": loss, "dm_gradient": jnp.sqrt(l2(parts_of_it["gradient"], jnp.zeros_like(x)))}
+    metrics = {"dm": loss, "dm_gradient": jnp.sqrt(mse(parts_of_it["gradient"], jnp.zeros_like(x)))}
     if with_gan:
       logits = gan_logits(process, parts.critic, parts.head, critic, x, times(keys, "gan_g_t"),
                           noise(keys, "gan_g_eps", x), states.cond, feature)

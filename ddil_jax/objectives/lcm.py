@@ -2,7 +2,7 @@
 
     x_s = DDIM step of the guided teacher, g ~ U[g_min, g_max] per sample, k timesteps at once
     f(x, t) = c_skip(t) x + c_out(t) D(x, t, g)
-    L = d(f(x_t, t, g), sg f_ema(x_s, s, g)),  d = l2 or pseudo-Huber
+    L = d(f(x_t, t, g), sg f_ema(x_s, s, g)),  d = l2 or pseudo_huber
 
 The student and the target see g (an embedding of w = g - 1), the teacher does not. The EMA target
 starts as a copy. In pixels as in latents; the name follows the paper.
@@ -12,6 +12,7 @@ Source: arXiv 2310.04378, algorithm 1; luosiallen/latent-consistency-model and d
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion import distance as distances
@@ -36,28 +37,31 @@ def consistency_function(denoiser: Denoiser, timestep_scaling: float = 10.0, sig
 
 
 def make(parts: Parts, num_scales: int = 50, sampler_steps: int = 4, distance: str = "l2", huber_c: float = 1e-3,
-         target_decay: float = 0.95, guidance_range: tuple[float, float] | None = None,
+         target_decay: float = 0.95, guidance_range: tuple[float, ...] = (),
          timestep_scaling: float = 10.0) -> Objective:
   """LCM on a training grid of `num_scales` intervals (a skip of 1/num_scales).
 
   Args:
     sampler_steps: steps of the student's sampler, a subset of the grid.
-    distance: "l2" or "huber" with constant huber_c.
+    distance: "l2", "l1" or "pseudo_huber" with constant huber_c.
     target_decay: EMA of the target network.
-    guidance_range: (g_min, g_max) drawn per sample and given to the student; None uses the fixed
+    guidance_range: (g_min, g_max) drawn per sample and given to the student; () uses the fixed
       guidance scale of the teacher and no embedding.
     timestep_scaling: per discrete step of 1000; other processes are rescaled to that unit.
   """
   process = parts.process
   if num_scales < 1 or sampler_steps < 1 or sampler_steps > num_scales:
     raise UsageError(f"lcm: sampler_steps {sampler_steps} must lie between 1 and num_scales {num_scales}")
-  if guidance_range is not None and not guidance_range[0] <= guidance_range[1]:
+  if guidance_range and not (len(guidance_range) == 2 and guidance_range[0] <= guidance_range[1]):
     raise UsageError(f"lcm: guidance_range {guidance_range} must be (g_min, g_max) with g_min <= g_max")
   grid = parts.make_grid(num_scales)
-  steps_per_unit = 1.0 if process.name in ("discrete", "stable_diffusion") else 999.0 / process.t_max
+  sampler_grid = subset(grid, sampler_steps)
+  steps_per_unit = 999.0 / process.t_max
+  # A table's last interval ends at its step 0, as in the original, where f(x, 0) = x.
+  grid = np.maximum(grid, 0)
   student = consistency_function(parts.student, timestep_scaling * steps_per_unit)
-  teacher = guided_teacher(parts, parts.guidance_scale if guidance_range is None else None)
-  distance_fn = distances.make(distance, **({"c": huber_c} if distance == "huber" else {}))
+  teacher = guided_teacher(parts, None if guidance_range else parts.guidance_scale)
+  distance_fn = distances.make(distance, **({"c": huber_c} if distance == "pseudo_huber" else {}))
 
   def condition(keys, cond):
     g = keys_lib.uniform(keys_lib.named(keys, "guidance"), *guidance_range)
@@ -73,7 +77,7 @@ def make(parts: Parts, num_scales: int = 50, sampler_steps: int = 4, distance: s
     return value, {}
 
   return Objective(
-      name="lcm", grid=grid, sampler_grid=subset(grid, sampler_steps), solver=solvers.renoise(), student=student,
+      name="lcm", grid=grid, sampler_grid=sampler_grid, solver=solvers.renoise(), student=student,
       teacher=teacher, init=lambda key, params: {"student": parts.init_student(key, params)},
       players=(Player("student", loss),), draw=draw_index(grid),
-      condition=unchanged if guidance_range is None else condition, targets={"target": target_decay})
+      condition=condition if guidance_range else unchanged, targets={"target": target_decay})

@@ -17,8 +17,8 @@ Source: arXiv 2202.00512, algorithm 2; google-research diffusion_distillation (g
 import numpy as np
 
 from ddil_jax import keys as keys_lib
+from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
-from ddil_jax.diffusion.distance import l2
 from ddil_jax.diffusion.process import Process, expand, sigma_ratio
 from ddil_jax.diffusion.solvers import ddim_step
 from ddil_jax.objectives.base import (Objective, Parts, Player, draw_index, guided_teacher, next_time, stop,
@@ -45,7 +45,7 @@ def x_target(process: Process, teacher: DenoiseFn, x_t: Array, t: Array, mid: Ar
 
 
 def pd_loss(process: Process, student: DenoiseFn, teacher: DenoiseFn, x_t: Array, t: Array, mid: Array, s: Array,
-            cond: Cond, weight, distance=l2) -> Array:
+            cond: Cond, weight, distance=distances.l2()) -> Array:
   """Weighted distance to the two-step target, per example [B]."""
   target, _ = x_target(process, teacher, stop(x_t), t, mid, s, cond)
   return weight(process, t) * distance(student(stop(x_t), t, cond), stop(target))

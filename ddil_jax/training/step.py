@@ -51,12 +51,13 @@ def init_state(objective: Objective, distribution: StateDistribution, optimizers
     batch: an example batch, for shapes.
   """
   params = objective.init(key, teacher)
-  copy = lambda tree: jax.tree.map(jnp.array, tree)  # noqa: E731
-  ema = {name: copy(params["student"]) for name in ema_decays}
+  ema = {name: params["student"] for name in ema_decays}
   zero = jnp.zeros((), jnp.int32)
   ctx = _context(zero, key, batch, params["student"], teacher, batch["lane"].shape[0])
   opt = {player.name: optimizers[player.name].init(params[player.name]) for player in objective.players}
-  return TrainState(zero, params, opt, ema, distribution.init(ctx), zero)
+  state = TrainState(zero, params, opt, ema, distribution.init(ctx), zero)
+  # Copies: with donation a buffer that two leaves share would be freed under the other.
+  return jax.tree.map(jnp.array, state)
 
 
 def _context(step, root, batch, student, teacher, batch_size) -> Context:

@@ -1,0 +1,29 @@
+# The two commands: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench clean-venv
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m launch.demo --workdir=runs/demo $(DEMO_FLAGS)
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup $(TEST_FLAGS)
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m launch.bench --out=bench/results.json
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+clean-venv:
+	rm -rf $(VENV)

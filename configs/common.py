@@ -1,0 +1,119 @@
+"""Fields that every config has, with their defaults and meaning.
+
+A config file is a function `get_config(arg)`: it takes these defaults, sets what its data set and
+method need, and applies the comma-separated modifiers of `arg`, for instance
+`configs/digits_pd.py:ddil,reflected` or `configs/digits_pd.py:smoke`.
+"""
+
+from ml_collections import ConfigDict
+
+from ddil_jax.errors import UsageError
+from ddil_jax.registry import unknown
+
+
+def common() -> ConfigDict:
+  """The defaults. Every field can be overridden: `--config.train.steps=1000`."""
+  config = ConfigDict()
+  config.seed = 0  # of parameters, noise and the order of the data
+
+  config.data = ConfigDict(dict(
+      name="digits",  # a name that `ddil list` shows
+      data_dir="",  # where sets are prepared; "" is $DDIL_DATA, else data/
+      manual_dir="",  # where the user's files lie
+      path="",  # for data.name = folder
+      image_size=0,  # 0 keeps the set's own
+      flip=False))
+  config.process = ConfigDict(dict(name="cosine"))
+  config.prediction = ConfigDict(dict(name="v"))
+  config.grid = ConfigDict(dict(name="uniform"))
+
+  config.model = ConfigDict(dict(
+      channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7, 8), num_heads=4, dropout=0.0,
+      guidance_embedding=0,  # dimension of the embedding of the guidance scale; 0 is none
+      dtype="float32"))  # compute dtype; parameters are float32
+  config.teacher = ConfigDict(dict(
+      path="",  # a run directory, a checkpoint, or a .safetensors file
+      ema="0.999",  # which average of a run's student is the teacher; "raw" is none
+      channels=0, channel_mult=(), num_res_blocks=0,  # where it differs from `model`; 0, () is the same
+      guidance_scale=1.0))  # u + g (c - u); 1 is the conditional model itself
+
+  # Where training states come from (DDIL). A base method is forward = 1.
+  config.states = ConfigDict(dict(
+      forward=1.0, student=0.0, teacher=0.0, dagger=0.0,  # priors: a number or a schedule tuple
+      selection="per_step",  # or per_example
+      teacher_steps=16,  # of the teacher's rollout
+      dagger_probability=0.5,  # with which the teacher acts at a step of the dagger source
+      replay=True, refresh_every=50, capacity=1024,  # states per rollout source
+      rollout_params="raw"))  # or the name of an EMA
+
+  # Reflected diffusion: a projection of x0 estimates, at three places.
+  config.reflect = ConfigDict(dict(
+      kind="identity",  # clip | dynamic | fold
+      lo=-1.0, hi=1.0, percentile=0.995,
+      teacher=True, target=True, sampler=False))
+
+  config.optimizer = ConfigDict(dict(
+      name="adam", learning_rate=3e-4, schedule="constant", warmup_steps=0, end=0.0, clip=1.0,
+      critic_learning_rate=0.0))  # 0: the same as the student's
+  config.train = ConfigDict(dict(
+      steps=10_000, batch_size=128, ema=(0.999,),
+      stages=(),  # num_steps of each stage of progressive distillation; () is a single run
+      log_every=100, eval_every=0, checkpoint_every=1000,  # 0: only at the end
+      keep=2, keep_best=0, max_bad_steps=10,
+      parallel="single"))  # mesh | pmap
+  config.eval = ConfigDict(dict(
+      num_samples=2000, batch_size=500, ema="0.999",  # "raw": the student's own parameters
+      sampler_steps=(),  # other step counts at which to evaluate too
+      guidance_scales=(),  # of a teacher, or of a student that reads the scale; () is teacher.guidance_scale
+      metrics=("fd", "kd", "precision", "recall", "density", "coverage", "class_accuracy", "saturation"),
+      shift_samples=500,  # of the covariate-shift curves; 0 is none
+      reference="train",  # the split that samples are compared with
+      seed=0))  # of the noise of all samples, the same in every run
+  return config
+
+
+DDIL = dict(forward=0.5, student=0.25, teacher=0.25)
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+  """Two steps on fake data with tiny networks: does everything fit together?"""
+  config.data.name, config.data.image_size = "fake", 8
+  config.model.update(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), num_heads=1)
+  config.train.update(steps=2, batch_size=8, log_every=1, checkpoint_every=1, eval_every=0)
+  config.states.update(capacity=64, refresh_every=1, teacher_steps=4)
+  config.eval.update(num_samples=32, batch_size=16, shift_samples=32)
+  return config
+
+
+def ddil(config: ConfigDict) -> ConfigDict:
+  """DDIL's mixture at the default priors."""
+  config.states.update(DDIL)
+  return config
+
+
+def reflected(config: ConfigDict) -> ConfigDict:
+  """Static clipping at the data's bounds, on teacher and target."""
+  config.reflect.kind = "clip"
+  return config
+
+
+MODIFIERS = {"smoke": smoke, "ddil": ddil, "reflected": reflected}
+
+
+def apply(config: ConfigDict, arg: str | None, own: dict | None = None) -> ConfigDict:
+  """Applies the modifiers of a config argument, `smoke` last.
+
+  Args:
+    own: further modifiers of the config file.
+
+  Raises:
+    UsageError: an unknown modifier.
+  """
+  known = MODIFIERS | (own or {})
+  wanted = [name for name in (arg or "").split(",") if name]
+  for name in wanted:
+    if name not in known:
+      raise UsageError(unknown("config argument", name, known))
+  for name in sorted(wanted, key=lambda n: n == "smoke"):
+    known[name](config)
+  return config

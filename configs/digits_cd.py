@@ -1,0 +1,23 @@
+"""Consistency distillation on digits: pairs on a grid of 18 times, Heun steps of the teacher.
+
+    python -m ddil_jax train --config=configs/digits_cd.py:ddil --workdir=runs/cd --config.teacher.path=runs/digits_teacher
+"""
+
+from configs import common
+from configs.digits_teacher import digits
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  config = digits(common.common())
+  config.objective = ConfigDict(dict(name="cd", num_scales=17, sampler_steps=4, distance="l2", weight="constant",
+                                     solver="ddim", target_decay=0.0))
+  config.optimizer.update(name="radam", learning_rate=4e-4, schedule="constant")
+  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.update(ema="0.99", sampler_steps=(2,))
+  return common.apply(config, arg)
+
+
+def sweep() -> list[dict]:
+  """Grid sizes, three seeds."""
+  return [{"objective.num_scales": n, "seed": seed} for n in (9, 17, 33) for seed in range(3)]

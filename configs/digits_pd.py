@@ -1,0 +1,31 @@
+"""Progressive distillation on digits: 8 -> 4 -> 2 steps, the teacher's DDIM at 8 steps to begin with.
+
+    python -m ddil_jax train --config=configs/digits_pd.py:ddil --workdir=runs/pd --config.teacher.path=runs/digits_teacher
+"""
+
+from configs import common
+from configs.digits_teacher import digits
+from ml_collections import ConfigDict
+
+
+def guided(config: ConfigDict) -> ConfigDict:
+  """The first stage's teacher is guided; later ones have it folded in."""
+  config.teacher.guidance_scale = 3.0
+  return config
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  config = digits(common.common())
+  config.objective = ConfigDict(dict(name="pd", num_steps=4, weight="snr_trunc", snr_cap=1e6))
+  # Student steps of each stage; the student of one stage is the teacher of the next.
+  config.train.stages = (4, 2)
+  config.optimizer.update(name="adam", learning_rate=5e-4, schedule="linear")
+  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.ema = "0.99"
+  config.states.teacher_steps = 16
+  return common.apply(config, arg, {"guided": guided})
+
+
+def sweep() -> list[dict]:
+  """The demo's grid: every source mixture and reflection, three seeds."""
+  return [{"arg": arg, "seed": seed} for arg in ("", "ddil", "reflected", "ddil,reflected") for seed in range(3)]

@@ -1,0 +1,320 @@
+"""ConfigDict -> parts. The only reader of ConfigDict.
+
+`build(config)` reads top to bottom what a run is made of: data, networks, objective, states,
+optimizers. Everything below it takes plain arguments.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddil_jax import keys as keys_lib
+from ddil_jax import registry
+from ddil_jax.data import pipeline
+from ddil_jax.data.dataset import Dataset
+from ddil_jax.diffusion import grids, prediction, process, solvers, transforms
+from ddil_jax.diffusion.rollout import prior, rollout
+from ddil_jax.diffusion.solvers import Policy
+from ddil_jax.errors import UsageError
+from ddil_jax.models import base as models
+from ddil_jax.models.head import DiscriminatorHead
+from ddil_jax.models.unet import UNet
+from ddil_jax.objectives.base import Objective, Parts, bind, subset
+from ddil_jax.states import priors as priors_lib
+from ddil_jax.states.base import SOURCES, Context, StateDistribution
+from ddil_jax.states.forward import forward
+from ddil_jax.states.mixture import mixture
+from ddil_jax.states.replay import on_policy, replay
+from ddil_jax.states.rollouts import rollout_source, states_per_rollout
+from ddil_jax.training import optim
+from ddil_jax.types import Array, Cond, Denoiser, Params
+
+PROCESSES = {"cosine": process.cosine, "linear": process.linear, "stable_diffusion": process.stable_diffusion,
+             "edm": process.edm, "flow": process.flow}
+
+
+class Built(NamedTuple):
+  """All parts of a run.
+
+  Attributes:
+    parts: the networks and maths below the objective.
+    objective, distribution: what is learned, on which states.
+    optimizers: {player: optax.GradientTransformation}.
+    ema_decays: {name: decay}: the config's averages and the objective's targets.
+    init_teacher: key -> parameters of the teacher's architecture; None without a teacher.
+    dataset: the training split.
+  """
+  parts: Parts
+  objective: Objective
+  distribution: StateDistribution
+  optimizers: dict[str, Any]
+  ema_decays: dict[str, float]
+  init_teacher: Callable[[Array], Params] | None
+  dataset: Dataset
+
+
+def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
+  """Builds a run.
+
+  Raises:
+    UsageError: any value that does not fit, in one line.
+  """
+  dataset = dataset or load_data(config, "train")
+  parts, init_teacher = make_parts(config, dataset)
+  objective = make_objective(config, parts)
+  distribution = make_states(config, parts, objective)
+  decays = {decay_name(d): float(d) for d in config.train.ema} | dict(objective.targets)
+  if config.states.rollout_params != "raw" and config.states.rollout_params not in decays:
+    raise UsageError(registry.unknown("states.rollout_params", config.states.rollout_params, ["raw", *decays]))
+  if config.eval.ema != "raw" and config.eval.ema not in decays:
+    raise UsageError(registry.unknown("eval.ema", config.eval.ema, ["raw", *decays]))
+  for what in ("steps", "batch_size", "log_every", "max_bad_steps"):
+    if config.train[what] < 1:
+      raise UsageError(f"config.train.{what}={config.train[what]}: at least 1 is needed")
+  return Built(parts, objective, distribution, make_optimizers(config, objective), decays, init_teacher, dataset)
+
+
+def decay_name(decay: float) -> str:
+  """The name of an EMA in configs and checkpoints: its decay."""
+  if not 0 <= decay < 1:
+    raise UsageError(f"config.train.ema: decay {decay} must be in [0, 1)")
+  return f"{decay:g}"
+
+
+def load_data(config: ConfigDict, split: str) -> Dataset:
+  """A split of the config's data set."""
+  data = config.data
+  given = dict(data_dir=data.data_dir or None, manual_dir=data.manual_dir or None, path=data.path or None,
+               image_size=data.image_size or None)
+  return pipeline.load(data.name, split=split, **{k: v for k, v in given.items() if v is not None})
+
+
+def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | None]:
+  """Networks as functions, and the maths around them."""
+  process_ = call("config.process", PROCESSES, config.process)
+  prediction_ = call("config.prediction", prediction.PREDICTIONS, config.prediction)
+  shape, num_classes = dataset.images.shape[1:], dataset.num_classes
+  model = dict(config.model)
+  teacher_model = dict(model, guidance_embedding=0)
+  for field in ("channels", "channel_mult", "num_res_blocks"):
+    if config.teacher[field]:
+      teacher_model[field] = config.teacher[field]
+
+  student_net = make_network(model, shape, num_classes, prediction_)
+  teacher_net = make_network(teacher_model, shape, num_classes, prediction_)
+  has_teacher = config.objective.name != "denoising"
+
+  def init_from_teacher(net: models.Network):
+    def init(key: Array, teacher: Params) -> Params:
+      fresh = net.init(key)
+      return models.init_from(fresh, teacher)[0] if teacher else fresh
+    return init
+
+  def head_init(key, feature):
+    return DiscriminatorHead().init(key, jnp.zeros(feature.shape, jnp.float32))["params"]
+
+  def null(cond: Cond) -> Cond:
+    return {**cond, "label": jnp.full_like(cond["label"], num_classes)} if "label" in cond else cond
+
+  reflect = make_reflection(config)
+  return Parts(
+      process=process_, make_grid=lambda n: make_grid(config, n, process_),
+      student=prediction.make_denoiser(student_net.apply, process_, prediction_),
+      init_student=init_from_teacher(student_net),
+      teacher=prediction.make_denoiser(teacher_net.apply, process_, prediction_) if has_teacher else None,
+      critic=prediction.make_denoiser(teacher_net.apply, process_, prediction_),
+      init_critic=init_from_teacher(teacher_net),
+      head=lambda params, feature: DiscriminatorHead().apply({"params": params}, feature), init_head=head_init,
+      guidance=lambda scale: transforms.guidance(scale, null), guidance_scale=config.teacher.guidance_scale,
+      num_classes=num_classes, image_shape=shape,
+      reflect_teacher=reflect("teacher"), reflect_target=reflect("target"),
+      reflect_sampler=reflect("sampler")), teacher_net.init if has_teacher else None
+
+
+def make_network(model: dict, image_shape, num_classes: int, prediction_) -> models.Network:
+  """The project's UNet for images of a shape."""
+  module = UNet(**{**model, "dtype": jnp.dtype(model["dtype"])}, out_channels=image_shape[-1] * prediction_.channels,
+                num_classes=num_classes)
+  return models.as_network(module, image_shape)
+
+
+def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:
+  """The config's time grid of n steps."""
+  options = {k: v for k, v in dict(config.grid).items() if k != "name"}
+  return grids.check_grid(grids.make(config.grid.name, n, process_, **options))
+
+
+def make_reflection(config: ConfigDict) -> Callable[[str], transforms.Transform]:
+  """place -> Transform, the identity where it is switched off."""
+  r = config.reflect
+  options = {"identity": {}, "clip": dict(lo=r.lo, hi=r.hi), "fold": dict(lo=r.lo, hi=r.hi),
+             "dynamic": dict(lo=r.lo, hi=r.hi, percentile=r.percentile)}
+  project = transforms.projection(r.kind, **options.get(r.kind, {}))
+  return lambda place: transforms.reflect(project) if r.kind != "identity" and r[place] else (lambda denoise: denoise)
+
+
+def make_objective(config: ConfigDict, parts: Parts) -> Objective:
+  """The method by name, with the other fields of config.objective as its options."""
+  make = registry.load("objectives", config.objective.name).make
+  options = {k: v for k, v in dict(config.objective).items() if k != "name"}
+  known = list(inspect.signature(make).parameters)[1:]
+  for field in options:
+    if field not in known:
+      raise UsageError(registry.unknown(f"option of objective {config.objective.name}:", field, known))
+  objective = make(parts, **options)
+  if getattr(config.objective, "guidance_range", ()) and not config.model.guidance_embedding:
+    raise UsageError("config.objective.guidance_range is given, so the student needs"
+                     " config.model.guidance_embedding > 0 (a dimension such as 32)")
+  return objective
+
+
+def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> StateDistribution:
+  """The mixture of state sources; sources whose prior is always 0 do not exist."""
+  s = config.states
+  values = {name: s[name] for name in SOURCES}
+  schedules = {name: priors_lib.schedule(v, config.train.steps) for name, v in values.items()}
+  wanted = [name for name in SOURCES if not priors_lib.is_never_drawn(values[name])]
+  if not wanted:
+    raise UsageError("config.states: the priors sum to 0; give at least one of "
+                     f"{', '.join(SOURCES)} a positive value")
+  if objective.needs_x0 and wanted != ["forward"]:
+    raise UsageError(f"objective '{objective.name}' needs the clean image, which rollout states do not have:"
+                     f" set config.states to forward only, not {', '.join(wanted)}")
+  process_, draw, condition = parts.process, objective.draw, objective.condition
+
+  def student_policy(ctx: Context) -> Policy:
+    return objective.solver(process_, parts.reflect_sampler(bind(objective.student, ctx.student)))
+
+  def teacher_policy(ctx: Context) -> Policy:
+    return solvers.ddim()(process_, objective.teacher(ctx.teacher))
+
+  def dagger_policy(ctx: Context) -> Policy:
+    key = keys_lib.named(ctx.key, "dagger")
+    return solvers.mixed(student_policy(ctx), teacher_policy(ctx), s.dagger_probability, key)
+
+  grids_of = {"student": objective.sampler_grid, "dagger": objective.sampler_grid,
+              "teacher": None if objective.teacher is None else parts.make_grid(s.teacher_steps)}
+  policies = {"student": student_policy, "teacher": teacher_policy, "dagger": dagger_policy}
+
+  def part(name: str) -> StateDistribution:
+    if name == "forward":
+      return on_policy(forward(process_, draw, condition, objective.prior_first))
+    if objective.teacher is None and name != "student":
+      raise UsageError(f"objective '{objective.name}' has no teacher, so no '{name}' states")
+    source = rollout_source(name, process_, policies[name], grids_of[name], objective.grid, draw, condition)
+    if not s.replay:
+      return on_policy(source)
+    slots = s.capacity // config.train.batch_size
+    needed = states_per_rollout(grids_of[name], objective.grid)
+    if slots < needed:
+      raise UsageError(f"config.states.capacity={s.capacity} is less than one rollout of the {name} source: at least"
+                       f" {needed} states x batch_size {config.train.batch_size} = {needed * config.train.batch_size}")
+    return replay(source, slots, s.refresh_every)
+
+  priors = priors_lib.normalised({name: schedules[name] for name in wanted})
+  return mixture(tuple(part(name) for name in wanted), priors, s.selection)
+
+
+def make_optimizers(config: ConfigDict, objective: Objective) -> dict[str, Any]:
+  """One optimizer a player; the critic may have its own learning rate."""
+  o = config.optimizer
+  options = {k: v for k, v in dict(o).items() if k in ("b1", "b2", "eps", "weight_decay")}
+
+  def optimizer(player):
+    peak = o.critic_learning_rate if player.name == "critic" and o.critic_learning_rate else o.learning_rate
+    updates = -(-config.train.steps // player.period)
+    rate = optim.learning_rate(peak, o.schedule, updates, o.warmup_steps, o.end)
+    return optim.make(o.name, rate, o.clip, **options)
+
+  return {player.name: optimizer(player) for player in objective.players}
+
+
+def call(where: str, makers: dict[str, Callable], group: ConfigDict):
+  """Calls the maker that `group.name` names with the group's other fields."""
+  if group.name not in makers:
+    raise UsageError(registry.unknown(f"{where}.name", group.name, makers))
+  options = {k: v for k, v in dict(group).items() if k != "name"}
+  known = list(inspect.signature(makers[group.name]).parameters)
+  for field in options:
+    if field not in known:
+      raise UsageError(registry.unknown(f"field of {where} for '{group.name}':", field, known))
+  return makers[group.name](**options)
+
+
+class Sampler(NamedTuple):
+  """One way to draw images from a trained network.
+
+  Attributes:
+    steps, guidance_scale: as reported.
+    network_evaluations: per image.
+    grid: [steps+1] times.
+    policy: params -> Policy.
+    condition: cond -> cond of the sampler (a guidance scale for students that read it).
+    sample: (params, keys [B], cond) -> images [B,H,W,C]; all noise comes from the keys.
+  """
+  steps: int
+  guidance_scale: float
+  network_evaluations: int
+  grid: np.ndarray
+  policy: Callable[[Params], Policy]
+  condition: Callable[[Cond], Cond]
+  sample: Callable[[Params, Array, Cond], Array]
+
+
+def samplers(config: ConfigDict, built: Built, steps: int | None = None) -> list[Sampler]:
+  """The samplers with which a run is evaluated; with `steps`, only that step count.
+
+  Raises:
+    UsageError: more steps than the student was trained for, guidance scales that it cannot take.
+  """
+  counts = [steps] if steps is not None else [len(built.objective.sampler_grid) - 1, *config.eval.sampler_steps]
+  scales = config.eval.guidance_scales or (config.teacher.guidance_scale,)
+  reads_scale = bool(getattr(config.objective, "guidance_range", ()))
+  if len(scales) > 1 and not reads_scale and built.objective.name != "denoising":
+    raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has one scale folded in")
+  return [_sampler(built, n, float(g), reads_scale) for n in dict.fromkeys(counts) for g in scales]
+
+
+def _sampler(built: Built, steps: int, guidance_scale: float, reads_scale: bool) -> Sampler:
+  objective, parts = built.objective, built.parts
+  grid = _sampler_grid(built, steps)
+  is_teacher = objective.name == "denoising"
+
+  def policy(params):
+    denoise = bind(objective.student, params)
+    if is_teacher:
+      denoise = parts.guidance(guidance_scale)(denoise)
+    return objective.solver(parts.process, parts.reflect_sampler(denoise))
+
+  def condition(cond):
+    like = jnp.zeros(cond["label"].shape, jnp.float32)
+    return {**cond, "guidance_scale": like + guidance_scale} if reads_scale else cond
+
+  def sample(params, keys, cond):
+    x_T = prior(parts.process, keys, jnp.zeros(keys.shape + parts.image_shape))
+    return rollout(policy(params), x_T, grid, condition(cond), keys)
+
+  calls = steps * (2 if is_teacher and guidance_scale != 1 else 1)
+  return Sampler(steps, guidance_scale, calls, grid, policy, condition, sample)
+
+
+def _sampler_grid(built: Built, steps: int) -> np.ndarray:
+  objective = built.objective
+  if steps < 1:
+    raise UsageError(f"{steps} sampling steps; at least 1 is needed")
+  if objective.name == "denoising":
+    return built.parts.make_grid(steps)
+  trained = len(objective.grid) - 1
+  if steps > trained:
+    raise UsageError(f"this student was trained at {trained} times and cannot take {steps} steps")
+  return np.concatenate([subset(objective.grid, steps)[:-1], objective.sampler_grid[-1:]])
+
+
+def teacher_policy(built: Built, teacher: Params) -> Policy:
+  """The teacher's own DDIM walk, guided and reflected as configured."""
+  return solvers.ddim()(built.parts.process, built.objective.teacher(teacher))

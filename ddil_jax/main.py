@@ -1,0 +1,142 @@
+"""Command line: python -m ddil_jax <train | sample | evaluate | report | list> ... No logic here."""
+
+import argparse
+import os
+import sys
+
+from ddil_jax.errors import RunError, UsageError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
+
+EPILOG = """\
+examples:
+  python -m ddil_jax train --config=configs/digits_teacher.py --workdir=runs/teacher
+  python -m ddil_jax train --config=configs/digits_pd.py:ddil --workdir=runs/pd --config.teacher.path=runs/teacher
+  python -m ddil_jax sample --workdir=runs/pd/stage_4 --out=samples.png
+  python -m ddil_jax report runs/teacher runs/pd --out=report.html
+
+A second `train` in the same work directory continues the run. Any config field can be set with
+--config.FIELD=VALUE. Exit codes: 0 done, 1 the run failed (run it again to continue), 2 wrong usage,
+130 stopped by a signal (run it again to continue).
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line's grammar."""
+  top = argparse.ArgumentParser(prog="ddil", description="Diffusion distillation with imitation learning, in JAX.",
+                                epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(name, text, config=True):
+    sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    if config:
+      sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file and its argument; `ddil list` shows them")
+      sub.add_argument("--workdir", required=True, metavar="DIR", help="everything of the run lies here")
+      sub.add_argument("--data_dir", metavar="DIR", help="where data sets are prepared (default: $DDIL_DATA or data/)")
+    return sub
+
+  command("train", "train a run to its end, or continue it").set_defaults(needs_config=True)
+  command("evaluate", "measure the newest checkpoint of a run again, and rewrite its results.json")
+  sample = command("sample", "draw images from the newest checkpoint of a run")
+  sample.add_argument("--out", default="samples.png", metavar="FILE.png")
+  sample.add_argument("--num_samples", type=int, default=40)
+  sample.add_argument("--steps", type=int, help="sampling steps (default: as trained)")
+  sample.add_argument("--seed", type=int, default=0)
+  report = command("report", "draw tables and figures of runs as one HTML file", config=False)
+  report.add_argument("runs", nargs="+", metavar="RUN")
+  report.add_argument("--out", default="report.html", metavar="FILE.html")
+  command("list", "list configs, data sets and parts", config=False)
+  return top
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs a command and returns the exit code."""
+  args, rest = parser().parse_known_args(argv)
+  try:
+    return _run(args, _overrides(rest))
+  except UsageError as error:
+    print(f"ddil: {error}", file=sys.stderr)
+    return EXIT_USAGE
+  except RunError as error:
+    print(f"ddil: run failed: {error}", file=sys.stderr)
+    return EXIT_FAILED
+  except OSError as error:
+    # No space, no permission: the run can be continued once that is mended.
+    print(f"ddil: run failed: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+    return EXIT_FAILED
+  except KeyboardInterrupt:
+    print("ddil: stopped; the same command continues from the last checkpoint", file=sys.stderr)
+    return EXIT_STOPPED
+
+
+def _overrides(rest: list[str]) -> dict[str, str]:
+  overrides = {}
+  words = iter(rest)
+  for word in words:
+    if not word.startswith("--config."):
+      raise UsageError(f"unknown argument '{word}'; `ddil --help` shows what there is")
+    field, equals, value = word.removeprefix("--config.").partition("=")
+    value = value if equals else next(words, None)
+    if value is None:
+      raise UsageError(f"--config.{field} has no value; write --config.{field}=VALUE")
+    overrides[field] = value
+  return overrides
+
+
+def _run(args, overrides) -> int:
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+  # Imported here, so that --help and usage errors answer at once.
+  if args.command == "list":
+    return _list()
+  if args.command == "report":
+    from ddil_jax.evaluation import report
+    report.write_report(args.runs, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+  from ddil_jax import config as config_lib
+  from ddil_jax import runs
+  from ddil_jax.training.loop import Stopped
+  if args.config:
+    config = config_lib.load(args.config, overrides)
+  elif getattr(args, "needs_config", False):
+    raise UsageError("train needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
+  else:
+    config = runs.saved_config(args.workdir)
+    for field, text in overrides.items():
+      config_lib.override(config, field, text)
+  if args.data_dir:
+    config_lib.override(config, "data.data_dir", args.data_dir)
+  try:
+    if args.command == "train":
+      rows = runs.train(config, args.workdir)
+    elif args.command == "evaluate":
+      rows = runs.evaluate(config, args.workdir)
+    else:
+      print(f"wrote {runs.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
+      return 0
+  except Stopped as stopped:
+    print(f"ddil: {stopped}", file=sys.stderr)
+    return EXIT_STOPPED
+  from ddil_jax.evaluation import report
+  print(report.terminal_table(rows))
+  return 0
+
+
+def _list() -> int:
+  from ddil_jax import config as config_lib
+  from ddil_jax import registry
+  from ddil_jax.data import pipeline
+  from ddil_jax.diffusion import prediction, solvers, transforms
+  from ddil_jax.states.base import SOURCES
+  groups = {"configs": config_lib.available(), "data sets": pipeline.names(), "objectives": registry.names("objectives"),
+            "state sources": SOURCES, "predictions": sorted(prediction.PREDICTIONS),
+            "solvers": sorted(solvers.SOLVERS), "transforms": sorted(transforms.PROJECTIONS)}
+  for what, entries in groups.items():
+    print(f"{what}: {', '.join(entries)}")
+  return 0
+
+
+def run() -> None:
+  """The console script."""
+  sys.exit(main())

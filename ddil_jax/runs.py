@@ -1,0 +1,301 @@
+"""Whole runs: train, evaluate, sample in a work directory. Composes build, loop and evaluation.
+
+A work directory holds `config.json`, `versions.json`, `checkpoints/`, `metrics.jsonl`, event
+files, `samples/` and `results.json`. Progressive distillation in stages has one such directory
+per stage below its own.
+"""
+
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddil_jax import build as build_lib
+from ddil_jax import config as config_lib
+from ddil_jax.data import pipeline
+from ddil_jax.diffusion.process import add_noise
+from ddil_jax.diffusion.rollout import prior, rollout
+from ddil_jax.errors import UsageError
+from ddil_jax.evaluation import covariate_shift, features, grids, results, sampling
+from ddil_jax.models import base as models
+from ddil_jax.models.classifier import Classifier
+from ddil_jax.training import checkpoint, loop, parallel, workdir as workdir_lib
+from ddil_jax.training import logging as log_lib
+from ddil_jax.training.step import init_state, make_train_step
+
+# Fields that may differ when a run is resumed.
+MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep", "train.keep_best",
+              "eval", "data.data_dir", "data.manual_dir")
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=print) -> list[dict]:
+  """Trains a run to its end, or continues one, and evaluates it.
+
+  Args:
+    teacher: parameters, instead of those at config.teacher.path.
+
+  Returns:
+    The rows of `results.json`.
+
+  Raises:
+    UsageError, RunError, loop.Stopped.
+  """
+  workdir = pathlib.Path(workdir)
+  if config.train.stages:
+    return _train_stages(config, workdir, teacher, say)
+  with workdir_lib.prepare(workdir, config_lib.to_dict(config), may_change=MAY_CHANGE) as prepared:
+    del prepared
+    return _train(config, workdir, teacher, say)
+
+
+def _train_stages(config, workdir, teacher, say):
+  """Runs the stages one after the other: each student is the next teacher, with fresh optimizers."""
+  rows = []
+  with workdir_lib.prepare(workdir, config_lib.to_dict(config), may_change=MAY_CHANGE):
+    for i, num_steps in enumerate(config.train.stages):
+      stage = config.copy_and_resolve_references()
+      stage.unlock()
+      stage.objective.num_steps, stage.train.stages = num_steps, ()
+      if i:
+        # The guided function belongs to the first teacher; its student has the guidance in it, and
+        # was trained at its own times only.
+        stage.teacher.guidance_scale, stage.states.teacher_steps = 1.0, config.train.stages[i - 1]
+        stage.teacher.path, stage.teacher.ema = str(workdir / f"stage_{config.train.stages[i - 1]}"), stage.eval.ema
+      stage.lock()
+      stage_rows = train(stage, workdir / f"stage_{num_steps}", teacher if i == 0 else None, say)
+      for row in stage_rows:
+        row["guidance_scale"] = config.teacher.guidance_scale
+        row["samples"] = f"stage_{num_steps}/{row['samples']}"
+      rows += stage_rows
+    workdir_lib.write_json_atomic(workdir / "results.json", rows)
+  return rows
+
+
+def _train(config, workdir, teacher, say):
+  built = build_lib.build(config)
+  say(pipeline.preflight(built.dataset)["summary"])
+  teacher = load_teacher(config, built) if teacher is None else teacher
+  batches = pipeline.batches(built.dataset, config.train.batch_size, config.seed, config.data.flip)
+  root = jax.random.key(config.seed)
+
+  def make_step(axis_name):
+    return make_train_step(built.objective, built.distribution, built.optimizers, built.ema_decays,
+                           config.train.batch_size, config.states.rollout_params, axis_name)
+
+  runner = parallel.make_runner(config.train.parallel, make_step, config.train.batch_size)
+  fresh = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, root, teacher,
+                     jax.tree.map(jnp.asarray, batches[0]))
+  say(f"{config.objective.name}: {models.count_params(fresh.params['student']):,} parameters in the student, "
+      f"states from {', '.join(built.distribution.sources)}, {runner.num_devices} device(s)")
+
+  with checkpoint.Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_best=config.train.keep_best,
+                              best_metric="fd") as checkpoints:
+    restored = checkpoints.restore(fresh)
+    state, meta, start = restored if restored else (fresh, {"seconds": 0.0}, 0)
+    if restored:
+      say(f"continuing from step {start} of {config.train.steps}")
+    writer = log_lib.MetricWriter(workdir, resume_step=start)
+    progress = log_lib.Progress(config.train.steps, workdir.name, start=start)
+    clock = _Clock(meta["seconds"])
+
+    def log(step, metrics):
+      progress.update(step, metrics.get("student/loss"))
+      writer.write(step, metrics | {"steps_per_second": clock.rate(step)})
+
+    def save(step, state):
+      checkpoints.save(step, state, {"seconds": clock.total()})
+
+    def evaluate_now(step, state):
+      rows = evaluate_params(config, built, student_params(state, config.eval.ema), teacher, shift=False)
+      writer.write(step, {f"eval/{k}": v for row in rows[:1] for k, v in row["metrics"].items()})
+
+    def dump(step, state):
+      path = workdir / f"dump-{step}.safetensors"
+      checkpoint.save_params(path, state.params["student"], {"step": step})
+      return str(path)
+
+    settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
+                             config.train.checkpoint_every, config.train.max_bad_steps)
+    clock.start(start)
+    state = runner.fetch(loop.run_loop(runner, runner.place(state), runner.place_frozen({"teacher": teacher}), batches,
+                                       root, settings, loop.Hooks(log, save, evaluate_now, dump)))
+    progress.close()
+    writer.close()
+    seconds = clock.total()
+  return write_results(config, built, student_params(state, config.eval.ema), teacher, workdir, seconds)
+
+
+class _Clock:
+  """Training time over all sittings, and the rate of this one."""
+
+  def __init__(self, before: float):
+    self._before, self._began, self._last = before, time.monotonic(), None
+
+  def start(self, step: int):
+    self._began = time.monotonic()
+    self._last = (self._began, step)
+
+  def total(self) -> float:
+    return self._before + time.monotonic() - self._began
+
+  def rate(self, step: int) -> float:
+    now = time.monotonic()
+    (before, first), self._last = self._last, (now, step)
+    return (step - first) / max(now - before, 1e-9)
+
+
+def student_params(state, name: str):
+  """The student's parameters: "raw", or an EMA by name."""
+  return state.params["student"] if name == "raw" else state.ema[name]
+
+
+def load_teacher(config: ConfigDict, built: build_lib.Built):
+  """The frozen parameters at config.teacher.path, checked against the architecture; () where none is needed.
+
+  Raises:
+    UsageError: no path given, nothing there, or parameters of another architecture (listed).
+  """
+  if built.init_teacher is None:
+    return ()
+  if not config.teacher.path:
+    if config.data.name == "fake":  # a smoke run: any teacher will do
+      return built.init_teacher(jax.random.key(config.seed))
+    raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
+                     " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
+  params = checkpoint.load_any(config.teacher.path, config.teacher.ema)[0]
+  differing = models.describe_mismatch(jax.eval_shape(built.init_teacher, jax.random.key(0)), params)
+  if differing:
+    raise UsageError(f"the teacher at {config.teacher.path} does not fit config.model: " + "; ".join(differing[:8])
+                     + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
+                     + " (config.teacher.channels, channel_mult and num_res_blocks describe another architecture)")
+  return jax.tree.map(jnp.asarray, params)
+
+
+# Evaluation ---------------------------------------------------------------------------------
+
+
+def variant(config: ConfigDict) -> str:
+  """base, +ddil, +reflected or +ddil+reflected."""
+  own = "student" if config.objective.name == "dmd2" else "forward"
+  drawn = [n for n in ("forward", "student", "teacher", "dagger") if config.states[n] != 0]
+  return ("+ddil" * (drawn != [own]) + "+reflected" * (config.reflect.kind != "identity")) or "base"
+
+
+def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | None = None, shift: bool = True,
+                    seconds: float = 0.0) -> list[dict]:
+  """One row per step count and guidance scale: metrics, covariate shift, a sample grid."""
+  extractor = load_extractor(config, built.dataset)
+  reference = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
+  classes = built.dataset.num_classes
+  metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
+  labels = sampling.balanced_labels(config.eval.num_samples, classes)
+  rows = []
+  for sampler in build_lib.samplers(config, built):
+    sample = jax.jit(lambda keys, label, sampler=sampler: sampler.sample(params, keys, {"label": label}))
+    images = sampling.sample_images(sample, config.eval.num_samples, built.parts.image_shape, config.eval.seed, labels,
+                                    config.eval.batch_size)
+    values = results.evaluate(images, labels if classes > 1 else None, reference.images, config.eval.reference,
+                              extractor, metrics)
+    teacher_run = config.objective.name == "denoising"
+    row = {"objective": "teacher" if teacher_run else config.objective.name,
+           "variant": "" if teacher_run else variant(config), "steps": sampler.steps, "seed": config.seed,
+           "guidance_scale": sampler.guidance_scale, "metrics": values, "shift": [],
+           "network_evaluations": sampler.network_evaluations, "seconds": round(seconds, 2), "samples": ""}
+    if shift and config.eval.shift_samples and teacher:
+      row["shift"] = measure_shift(config, built, params, teacher, sampler)
+    if samples_dir is not None:
+      name = f"{sampler.steps}_steps_g{sampler.guidance_scale:g}.png"
+      shown = images[:4 * min(classes, 10)] if classes > 1 else images[:40]
+      grids.save_png(samples_dir / name, grids.image_grid(shown, columns=10, scale=max(1, 32 // images.shape[1])))
+      row["samples"] = f"{samples_dir.name}/{name}"
+    rows.append(row)
+  return rows
+
+
+def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds: float) -> list[dict]:
+  """Evaluates, and writes `results.json` and `samples/`."""
+  rows = evaluate_params(config, built, params, teacher, workdir / "samples", seconds=seconds)
+  workdir_lib.write_json_atomic(workdir / "results.json", rows)
+  return rows
+
+
+def load_extractor(config, dataset):
+  """The small classifier of a data set, trained once and kept beside the data."""
+  cache = pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
+  steps = 10 if config.data.name == "fake" else 600
+  return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
+                                   dataset.num_classes, cache, f"{dataset.name}-cnn", steps=steps)
+
+
+def measure_shift(config, built, params, teacher, sampler) -> list[dict]:
+  """Covariate shift at the student's sampling times, see `evaluation.covariate_shift`."""
+  n, process, data = config.eval.shift_samples, built.parts.process, built.dataset
+  rng = np.random.default_rng(config.eval.seed)
+  index = rng.permutation(len(data.images))
+  first, second = (np.resize(part, n) for part in np.array_split(index, 2))
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.eval.seed + 1), jnp.arange(n))
+  cond = {"label": jnp.asarray(data.labels[first])}
+  grid = sampler.grid
+  # The teacher walks its own grid, which passes through the student's times.
+  own = built.parts.make_grid(config.states.teacher_steps)
+  fine = np.unique(np.concatenate([grid, own]).round(9))[::-1]
+  at = [int(np.argmin(abs(fine - t))) for t in grid]
+
+  def paths(params, teacher, keys, cond):
+    x_T = prior(process, keys, jnp.zeros((n,) + built.parts.image_shape))
+    walk = build_lib.teacher_policy(built, teacher)
+    return (rollout(sampler.policy(params), x_T, grid, sampler.condition(cond), keys, path=True),
+            rollout(walk, x_T, fine, cond, keys, path=True)[jnp.asarray(at)])
+
+  student_path, teacher_path = jax.device_get(jax.jit(paths)(params, teacher, keys, cond))
+
+  def forward_path(images, seed):
+    eps = np.random.default_rng([config.eval.seed, seed]).standard_normal(images.shape).astype(np.float32)
+    noisy = lambda t: add_noise(process, jnp.asarray(images), jnp.asarray(eps), jnp.full(n, t, jnp.float32))  # noqa: E731
+    return np.stack([np.asarray(noisy(t)) for t in grid])
+
+  return covariate_shift.shift_curves(student_path, teacher_path, forward_path(data.images[first], 1), grid,
+                                      forward_path(data.images[second], 2))
+
+
+def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:
+  """Evaluates the newest checkpoint of a run and rewrites its results."""
+  workdir = pathlib.Path(workdir)
+  built = build_lib.build(config)
+  params, meta = checkpoint.load_any(workdir, config.eval.ema)
+  say(f"evaluating {workdir} with {config.eval.num_samples} samples")
+  return write_results(config, built, jax.tree.map(jnp.asarray, params), load_teacher(config, built), workdir,
+                       meta.get("seconds", 0.0))
+
+
+def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, seed: int, out: str | pathlib.Path,
+           steps: int | None = None) -> pathlib.Path:
+  """Writes a PNG grid of samples of a run's newest checkpoint.
+
+  Raises:
+    UsageError: fewer than 1 sample or step.
+  """
+  built = build_lib.build(config)
+  params, _ = checkpoint.load_any(workdir, config.eval.ema)
+  chosen = build_lib.samplers(config, built, steps)[0]
+  labels = sampling.balanced_labels(num_samples, built.dataset.num_classes)
+  draw = jax.jit(lambda keys, label: chosen.sample(params, keys, {"label": label}))
+  images = sampling.sample_images(draw, num_samples, built.parts.image_shape, seed, labels,
+                                  min(num_samples, config.eval.batch_size))
+  grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
+  return pathlib.Path(out)
+
+
+def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
+  """The resolved config of a run. Raises UsageError where there is none."""
+  path = pathlib.Path(workdir) / "config.json"
+  try:
+    return config_lib.from_dict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise UsageError(f"{workdir} is no run directory: it has no config.json") from None
+  except json.JSONDecodeError as error:
+    raise UsageError(f"{path} is not valid JSON: {error}") from None

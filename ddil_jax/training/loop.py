@@ -1,0 +1,111 @@
+"""The host's loop around the training step: data in, metrics out, checkpoints, stopping and resuming."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ddil_jax.errors import RunError
+from ddil_jax.training.parallel import Runner
+from ddil_jax.training.step import Mean, TrainState
+
+
+class Settings(NamedTuple):
+  """How long, and how often; in steps. A period of 0 means only at the end."""
+  steps: int
+  log_every: int
+  eval_every: int
+  checkpoint_every: int
+  max_bad_steps: int
+
+
+class Hooks(NamedTuple):
+  """What the loop calls.
+
+  Attributes:
+    log: (step, {name: value}).
+    save: (step, state in the plain layout).
+    evaluate: (step, state in the plain layout).
+    dump: (step, state) -> where the state of a failed run was written.
+  """
+  log: Callable[[int, dict[str, float]], None]
+  save: Callable[[int, TrainState], None]
+  evaluate: Callable[[int, TrainState], None]
+  dump: Callable[[int, TrainState], str]
+
+
+class Stopped(Exception):
+  """Asked to stop by a signal; the state is saved."""
+
+
+def run_loop(runner: Runner, state, frozen, batches, root: jax.Array, settings: Settings, hooks: Hooks):
+  """Trains from state.step to settings.steps and returns the last state, on its devices.
+
+  Args:
+    state: placed by the runner.
+    batches: random access by step.
+
+  Raises:
+    RunError: losses that are not finite for `max_bad_steps` steps in a row.
+    Stopped: SIGINT or SIGTERM came; the step was finished and saved.
+  """
+  pending: list[dict[str, Mean]] = []
+  bad_check = min(settings.log_every, settings.max_bad_steps)
+  with _stop_requests() as stop:
+    for step in range(int(runner.fetch(state).step), settings.steps):
+      state, metrics = runner.step(state, frozen, runner.place_batch(batches[step]), root)
+      pending.append(metrics)
+      done = step + 1
+      last = done == settings.steps
+      if last or done % bad_check == 0:
+        _check_finite(runner, state, done, settings.max_bad_steps, hooks)
+      if last or done % settings.log_every == 0:
+        hooks.log(done, summarise(pending))
+        pending = []
+      if settings.eval_every and done % settings.eval_every == 0 and not last:
+        hooks.evaluate(done, runner.fetch(state))
+      due = settings.checkpoint_every and done % settings.checkpoint_every == 0
+      if last or due or stop.is_set():
+        hooks.save(done, runner.fetch(state))
+      if stop.is_set() and not last:
+        raise Stopped(f"stopped at step {done} of {settings.steps}; the same command continues from there")
+  return state
+
+
+def summarise(window: list[dict[str, Mean]]) -> dict[str, float]:
+  """Means over a window of steps; a metric without any count is left out."""
+  totals: dict[str, np.ndarray] = {}
+  for metrics in jax.device_get(window):
+    for name, mean in metrics.items():
+      totals[name] = totals.get(name, 0) + np.array([mean.total, mean.count], np.float64)
+  return {name: total / count for name, (total, count) in sorted(totals.items()) if count > 0}
+
+
+def _check_finite(runner, state, step, limit, hooks):
+  plain = runner.fetch(state)
+  bad = int(plain.bad_steps)
+  if bad >= limit:
+    where = hooks.dump(step, plain)
+    raise RunError(f"loss or gradient not finite for {bad} steps in a row at step {step}; the state is in {where}."
+                   " Lower config.optimizer.learning_rate, cap the loss weight, or set config.optimizer.clip")
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+  """An event that SIGINT and SIGTERM set, so that a step is finished and saved before the end."""
+  event = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield event
+    return
+  old = {s: signal.signal(s, lambda *_: event.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield event
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
