@@ -217,10 +217,17 @@ def _cumprod(betas: np.ndarray) -> np.ndarray:
   return np.cumprod((1 - betas).astype(np.float64)).astype(np.float32)
 
 
+def _linspace(start: float, stop: float, n: int) -> np.ndarray:
+  """float32 linspace rounded as PyTorch's: from both ends with a float32 step. Noise levels near
+  t = 0 depend on the last bit of the first beta."""
+  start, stop = np.float32(start), np.float32(stop)
+  step, i = np.float64((stop - start) / np.float32(n - 1)), np.arange(n)
+  return np.where(i < n // 2, start + step * i, stop - step * (n - 1 - i)).astype(np.float32)
+
+
 def sd_betas(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
   """Scaled-linear betas [num_steps]: squares of a linear ramp of square roots, in float32."""
-  root = np.linspace(np.float32(beta_start**0.5), np.float32(beta_end**0.5), num_steps, dtype=np.float32)
-  return root**2
+  return _linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
 
 
 def sd_alphas_cumprod(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
@@ -230,7 +237,7 @@ def sd_alphas_cumprod(num_steps: int = 1000, beta_start: float = 0.00085, beta_e
 
 def ddpm_linear_alphas_cumprod(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
   """DDPM's linear betas (arXiv 2006.11239) as cumulative alphas [num_steps]."""
-  return _cumprod(np.linspace(beta_start, beta_end, num_steps, dtype=np.float32))
+  return _cumprod(_linspace(beta_start, beta_end, num_steps))
 
 
 def cosine_alphas_cumprod(num_steps: int = 1000, max_beta: float = 0.999) -> np.ndarray:
@@ -244,4 +251,4 @@ def cosine_alphas_cumprod(num_steps: int = 1000, max_beta: float = 0.999) -> np.
 def rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
   """Shifts and scales sqrt(alphas_cumprod) so that the last is 0 and the first is kept (arXiv 2305.08891)."""
   root = np.sqrt(alphas_cumprod)
-  return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+  return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
