@@ -25,14 +25,14 @@ def l1() -> Distance:
   return lambda a, b: per_example(jnp.abs(a - b))
 
 
-def huber(c: float = 1e-3) -> Distance:
+def pseudo_huber(c: float = 1e-3) -> Distance:
   """Pseudo-Huber, mean (sqrt((a - b)^2 + c^2) - c), element by element as latent consistency models have it."""
   if not c > 0:
-    raise UsageError(f"distance huber: c {c} must be positive")
+    raise UsageError(f"distance pseudo_huber: c {c} must be positive")
   return lambda a, b: per_example(jnp.sqrt((a - b) ** 2 + c**2) - c)
 
 
-DISTANCES = {"l2": l2, "l1": l1, "huber": huber}
+DISTANCES = {"l2": l2, "l1": l1, "pseudo_huber": pseudo_huber}
 
 
 def make(name: str, **options) -> Distance:
