@@ -1,0 +1,186 @@
+"""The feature extractor: a small classifier, trained once per data set and named by its hash."""
+
+import logging
+import pathlib
+import re
+from typing import Callable, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ddil_jax.errors import UsageError
+from ddil_jax.evaluation import checks, files
+
+_BATCH = 256  # of the extractor; fixed, so that features do not depend on how images are handed over
+
+
+class Extractor(NamedTuple):
+  """A classifier seen as a feature map; images are float [N,H,W,C] in [-1, 1].
+
+  Attributes:
+    name: says what it is, ending in a hash of its parameters and preprocessing.
+    num_classes: K.
+    outputs: images -> (logits [N,K], features [N,D]), float32.
+  """
+
+  name: str
+  num_classes: int
+  outputs: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+  def features(self, images) -> np.ndarray:
+    return self.outputs(images)[1]
+
+  def logits(self, images) -> np.ndarray:
+    return self.outputs(images)[0]
+
+  def probabilities(self, images) -> np.ndarray:
+    logits = self.logits(images).astype(np.float64)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return p / p.sum(axis=1, keepdims=True)
+
+
+def make_extractor(module, variables, image_shape, name: str) -> Extractor:
+  """An extractor from a classifier and its parameters.
+
+  Args:
+    module: Linen; `apply(variables, images [B,H,W,C])` gives (logits [B,K], features [B,D]).
+    variables: {"params": ...}.
+    image_shape: (H, W, C) it reads.
+    name: without the hash.
+  """
+  image_shape = tuple(int(d) for d in image_shape)
+  leaves = _flat(variables)
+  about = {"module": _describe(module), "image_shape": image_shape, "range": [-1, 1]}
+  apply = jax.jit(module.apply)
+  num_classes = jax.eval_shape(module.apply, variables, jnp.zeros((1, *image_shape)))[0].shape[-1]
+
+  def outputs(images):
+    images = checks.images(images, "images", image_shape).astype(np.float32)
+    padded = np.concatenate([images, np.zeros((-len(images) % _BATCH, *image_shape), np.float32)])
+    parts = [jax.device_get(apply(variables, padded[i:i + _BATCH])) for i in range(0, len(padded), _BATCH)]
+    logits, features = (np.concatenate([np.asarray(p[j], np.float32) for p in parts]) for j in (0, 1))
+    return logits[:len(images)], features[:len(images)]
+
+  return Extractor(f"{name}-{files.digest(leaves, about)[:8]}", num_classes, outputs)
+
+
+def train_classifier(module, images, labels, num_classes: int, cache_dir, name: str, seed: int = 0,
+                     steps: int = 800, batch_size: int = 128, learning_rate: float = 3e-3,
+                     max_shift: float = 1 / 16, noise: float = 0.2) -> Extractor:
+  """Trains the classifier once and returns it as an extractor; a later call reads the cache.
+
+  Cross entropy under Adam with cosine decay; images are shifted by up to `max_shift` of their side
+  (fractions of a pixel too) and get Gaussian noise of deviation `noise`. The cached file is named by the recipe and the data; its content is verified
+  by hash and by the features of a probe batch, and is made again when it does not hold.
+
+  Args:
+    module: Linen; `apply({"params"}, images [B,H,W,C])` gives (logits [B,K], features [B,D]).
+    images: [N,H,W,C] in [-1, 1].
+    labels: int [N].
+    num_classes: K.
+    cache_dir: folder of the cache; None does without.
+    name: "digits-cnn"; the extractor's name adds a hash.
+
+  Raises:
+    UsageError: unlike shapes, values outside [-1, 1], labels outside 0..K-1.
+  """
+  images = checks.images(images, "images").astype(np.float32)
+  if np.abs(images).max() > 1 + 1e-3:
+    raise UsageError(f"images lie in {images.min():.3g}..{images.max():.3g}; expected [-1, 1]")
+  labels = checks.class_labels(labels, len(images), num_classes).astype(np.int32)
+  if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+    raise UsageError(f"name {name!r} of the extractor; expected letters, digits, '-', '_' and '.'")
+  image_shape = images.shape[1:]
+  recipe = {"module": _describe(module), "num_classes": num_classes, "seed": seed, "steps": steps,
+            "batch_size": batch_size, "learning_rate": learning_rate, "max_shift": max_shift, "noise": noise}
+  data = files.digest({"images": images, "labels": labels}, recipe)
+  path = None if cache_dir is None else pathlib.Path(cache_dir) / f"{name}-{data[:16]}.safetensors"
+  if path is not None and path.exists():
+    try:
+      return _read(path, module, image_shape, name)
+    except UsageError as e:
+      logging.warning("%s: training the classifier again", e)
+
+  variables = _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise)
+  extractor = make_extractor(module, variables, image_shape, name)
+  if extractor.num_classes != num_classes:
+    raise UsageError(f"the classifier has {extractor.num_classes} logits; the data has {num_classes} classes")
+  some = slice(0, 4096)
+  accuracy = float(np.mean(extractor.logits(images[some]).argmax(axis=1) == labels[some]))
+  logging.info("%s: accuracy %.4f on its training images", extractor.name, accuracy)
+  if path is not None:
+    arrays = dict(_flat(variables), probe=extractor.features(_probe(image_shape)))
+    about = {"recipe": recipe, "extractor": extractor.name, "train_accuracy": accuracy}
+    files.save_arrays(path, arrays, about)
+  return extractor
+
+
+def _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise):
+  root = jax.random.key(seed)
+  variables = jax.jit(module.init)(jax.random.fold_in(root, steps), jnp.asarray(images[:1]))
+  if set(variables) != {"params"}:
+    raise UsageError(f"the classifier has collections {sorted(variables)}; only 'params' is supported")
+  optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+  def step(variables, opt, images, labels, i):
+    key_pick, key_shift, key_noise = jax.random.split(jax.random.fold_in(root, i), 3)
+    pick = jax.random.randint(key_pick, (batch_size,), 0, len(images))
+    x = images[pick]
+    most = max_shift * x.shape[1]
+    x = _shift(x, jax.random.uniform(key_shift, (batch_size, 2), minval=-most, maxval=most))
+    x = x + noise * jax.random.normal(key_noise, x.shape)
+
+    def loss(variables):
+      logits, _ = module.apply(variables, x)
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels[pick]).mean()
+
+    updates, opt = optimizer.update(jax.grad(loss)(variables), opt)
+    return optax.apply_updates(variables, updates), opt
+
+  step = jax.jit(step)
+  opt = jax.jit(optimizer.init)(variables)
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  for i in range(steps):
+    variables, opt = step(variables, opt, images, labels, i)
+  return variables
+
+
+def _shift(x, offset):
+  """Moves image b by offset[b] pixels (fractions too, linear); what enters repeats the edge."""
+  def weights(size, by):
+    i = jnp.arange(size, dtype=x.dtype)
+    source = jnp.clip(i.reshape(1, -1) + by.reshape(-1, 1), 0, size - 1)
+    return jnp.maximum(0, 1 - jnp.abs(source[:, :, None] - i.reshape(1, 1, -1)))
+
+  rows, columns = weights(x.shape[1], offset[:, 0]), weights(x.shape[2], offset[:, 1])
+  return jnp.einsum("bij,bkl,bjlc->bikc", rows, columns, x)
+
+
+def _read(path, module, image_shape, name) -> Extractor:
+  arrays, about = files.load_arrays(path)
+  probe = arrays.pop("probe", None)
+  variables = flax.traverse_util.unflatten_dict(arrays, sep="/")
+  try:
+    extractor = make_extractor(module, variables, image_shape, name)
+    features = extractor.features(_probe(image_shape))
+  except Exception as e:  # flax raises its own kinds when parameters do not fit the module
+    raise UsageError(f"{path} does not fit the classifier ({type(e).__name__})") from e
+  # The hash covers the numbers, the probe covers the code that uses them.
+  if extractor.name != about["extractor"] or not np.allclose(features, probe, rtol=1e-3, atol=1e-3):
+    raise UsageError(f"{path} belongs to another version of the classifier")
+  return extractor
+
+
+def _probe(image_shape) -> np.ndarray:
+  return np.random.default_rng(0).uniform(-1, 1, (8, *image_shape)).astype(np.float32)
+
+
+def _flat(variables) -> dict[str, np.ndarray]:
+  return {k: np.asarray(v) for k, v in flax.traverse_util.flatten_dict(variables, sep="/").items()}
+
+
+def _describe(module) -> str:
+  return re.sub(r" at 0x[0-9a-f]+", "", repr(module))  # functions among the fields print their address
