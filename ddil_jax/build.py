@@ -137,10 +137,12 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
 
 
 def make_network(model: dict, image_shape, num_classes: int, prediction_) -> models.Network:
-  """The project's UNet for images of a shape."""
+  """The project's UNet for images of a shape, with `init(key) -> params`."""
   module = UNet(**{**model, "dtype": jnp.dtype(model["dtype"])}, out_channels=image_shape[-1] * prediction_.channels,
                 num_classes=num_classes)
-  return models.as_network(module, image_shape)
+  net = models.as_net_fn(module)
+  cond = {"label": jnp.zeros((1,), jnp.int32), "guidance_scale": jnp.ones((1,))}
+  return models.Network(lambda key: net.init(key, image_shape, cond), net.apply)
 
 
 def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:

@@ -23,7 +23,9 @@ from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import covariate_shift, features, grids, results, sampling
 from ddil_jax.models import base as models
 from ddil_jax.models.classifier import Classifier
-from ddil_jax.training import checkpoint, loop, parallel, workdir as workdir_lib
+from ddil_jax.training import checkpoint, loop, parallel
+from ddil_jax.training import params as params_lib
+from ddil_jax.training import workdir as workdir_lib
 from ddil_jax.training import logging as log_lib
 from ddil_jax.training.step import init_state, make_train_step
 
@@ -47,15 +49,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=pri
   workdir = pathlib.Path(workdir)
   if config.train.stages:
     return _train_stages(config, workdir, teacher, say)
-  with workdir_lib.prepare(workdir, config_lib.to_dict(config), may_change=MAY_CHANGE) as prepared:
-    del prepared
+  with workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=MAY_CHANGE):
     return _train(config, workdir, teacher, say)
 
 
 def _train_stages(config, workdir, teacher, say):
   """Runs the stages one after the other: each student is the next teacher, with fresh optimizers."""
   rows = []
-  with workdir_lib.prepare(workdir, config_lib.to_dict(config), may_change=MAY_CHANGE):
+  with workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=MAY_CHANGE):
     for i, num_steps in enumerate(config.train.stages):
       stage = config.copy_and_resolve_references()
       stage.unlock()
@@ -98,12 +99,12 @@ def _train(config, workdir, teacher, say):
     state, meta, start = restored if restored else (fresh, {"seconds": 0.0}, 0)
     if restored:
       say(f"continuing from step {start} of {config.train.steps}")
-    writer = log_lib.MetricWriter(workdir, resume_step=start)
-    progress = log_lib.Progress(config.train.steps, workdir.name, start=start)
+    writer = log_lib.MetricWriter(workdir, start)
+    progress = log_lib.Progress(config.train.steps, workdir.name)
     clock = _Clock(meta["seconds"])
 
     def log(step, metrics):
-      progress.update(step, metrics.get("student/loss"))
+      progress.update(step, **({"loss": metrics["student/loss"]} if "student/loss" in metrics else {}))
       writer.write(step, metrics | {"steps_per_second": clock.rate(step)})
 
     def save(step, state):
@@ -115,7 +116,7 @@ def _train(config, workdir, teacher, say):
 
     def dump(step, state):
       path = workdir / f"dump-{step}.safetensors"
-      checkpoint.save_params(path, state.params["student"], {"step": step})
+      params_lib.save_params(path, state.params["student"], {"step": step})
       return str(path)
 
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
@@ -166,13 +167,14 @@ def load_teacher(config: ConfigDict, built: build_lib.Built):
       return built.init_teacher(jax.random.key(config.seed))
     raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
                      " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
-  params = checkpoint.load_any(config.teacher.path, config.teacher.ema)[0]
-  differing = models.describe_mismatch(jax.eval_shape(built.init_teacher, jax.random.key(0)), params)
-  if differing:
-    raise UsageError(f"the teacher at {config.teacher.path} does not fit config.model: " + "; ".join(differing[:8])
-                     + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
-                     + " (config.teacher.channels, channel_mult and num_res_blocks describe another architecture)")
+  params = _load_student(config.teacher.path, config.teacher.ema).params
+  shapes = jax.eval_shape(built.init_teacher, jax.random.key(0))
+  params_lib.require_like(params, shapes, f"the teacher at {config.teacher.path}")
   return jax.tree.map(jnp.asarray, params)
+
+
+def _load_student(path, average: str) -> checkpoint.Loaded:
+  return checkpoint.load_any(path, "params/student" if average == "raw" else f"ema/{average}")
 
 
 # Evaluation ---------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list
   """Evaluates the newest checkpoint of a run and rewrites its results."""
   workdir = pathlib.Path(workdir)
   built = build_lib.build(config)
-  params, meta = checkpoint.load_any(workdir, config.eval.ema)
+  params, meta, _ = _load_student(workdir, config.eval.ema)
   say(f"evaluating {workdir} with {config.eval.num_samples} samples")
   return write_results(config, built, jax.tree.map(jnp.asarray, params), load_teacher(config, built), workdir,
                        meta.get("seconds", 0.0))
@@ -280,7 +282,7 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
     UsageError: fewer than 1 sample or step.
   """
   built = build_lib.build(config)
-  params, _ = checkpoint.load_any(workdir, config.eval.ema)
+  params = _load_student(workdir, config.eval.ema).params
   chosen = build_lib.samplers(config, built, steps)[0]
   labels = sampling.balanced_labels(num_samples, built.dataset.num_classes)
   draw = jax.jit(lambda keys, label: chosen.sample(params, keys, {"label": label}))

@@ -100,7 +100,8 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
   if period < 1:
     raise UsageError(f"dmd2: period {period} must be at least 1")
   grid = parts.make_grid(num_steps)
-  table = time_table(process, karras=lambda n: parts.make_grid(n)[:n])
+  # One array for all draws: a second copy would be a second constant of the program.
+  table = jnp.asarray(time_table(process, karras=lambda n: parts.make_grid(n)[:n]), jnp.float32)
   low, high = (round(f * len(table)) for f in dm_range)
   teacher = guided_teacher(parts, parts.guidance_scale)
   weight_fn = weighting.make(critic_weight, cap=weight_cap)
@@ -108,7 +109,7 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
 
   def times(keys, name, first=0, last=len(table)):
     index = keys_lib.randint(keys_lib.named(keys, name), first, last)
-    return jnp.asarray(table, jnp.float32)[index]
+    return table[index]
 
   def noise(keys, name, like):
     return keys_lib.normal_like(keys_lib.named(keys, name), like)

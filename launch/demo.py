@@ -1,0 +1,165 @@
+"""The demo: a teacher and its students on digits, evaluated and reported, on a laptop.
+
+    python -m launch.demo --workdir=runs/demo
+
+Every run has its own directory and can be stopped and continued; so can the demo. Worker processes
+(one per core) take the runs from one list.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+import traceback
+from typing import NamedTuple
+
+VARIANTS = ("", "ddil", "reflected", "ddil,reflected")
+
+
+class Job(NamedTuple):
+  """One run: its directory's name, its config, and the fields that differ."""
+  name: str
+  spec: str
+  overrides: dict[str, str]
+
+
+def jobs(teacher: str, seeds: int, data_dir: str, smoke: bool = False) -> list[Job]:
+  """The demo's students, the most telling first, so that a stopped demo shows something."""
+  common = {"teacher.path": teacher} | ({"data.data_dir": data_dir} if data_dir else {})
+  families = [("pd", "digits_pd", "", {}), ("pd-guided", "digits_pd", "guided", {}), ("lcm", "digits_lcm", "", {}),
+              ("dmd2-4", "digits_dmd2", "", {}), ("dmd2-2", "digits_dmd2", "two_steps", {})]
+  if smoke:
+    common = {}
+  out = []
+  for seed in range(seeds):
+    for name, config, arg, overrides in families:
+      for variant in VARIANTS:
+        args = ",".join(a for a in (arg, variant, "smoke" if smoke else "") if a)
+        label = "+".join(["base"] if not variant else variant.split(","))
+        out.append(Job(f"{name}-{label}-seed{seed}", f"configs/{config}.py:{args}",
+                       common | overrides | {"seed": str(seed)}))
+  return out
+
+
+def train(job: Job, workdir: pathlib.Path) -> None:
+  """One run, in this process; its own output goes to log.txt."""
+  from ddil_jax import config, runs
+  folder = workdir / job.name
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / "log.txt", "a", buffering=1) as log:
+    old, sys.stdout = sys.stdout, log
+    try:
+      runs.train(config.load(job.spec, job.overrides), folder)
+    finally:
+      sys.stdout = old
+
+
+def worker(index: int, count: int, todo, finished, workdir: str) -> None:
+  """Takes jobs until there are none; a job that fails is reported and the next one taken."""
+  # One core each: nets this small run no faster on two.
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  if count > 1 and len(cores) >= count:
+    os.sched_setaffinity(0, cores[index::count])
+  # Same numbers, half the compile time.
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+  import jax
+  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).resolve() / ".jax_cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  for job in iter(todo.get, None):
+    try:
+      train(job, pathlib.Path(workdir))
+      finished.put((job.name, ""))
+    except Exception as error:  # one failed run must not end the demo; it is listed at the end
+      with open(pathlib.Path(workdir) / job.name / "log.txt", "a") as log:
+        traceback.print_exc(file=log)
+      finished.put((job.name, f"{type(error).__name__}: {error}"))
+
+
+def run_all(todo: list[Job], workdir: pathlib.Path, workers: int) -> dict[str, str]:
+  """Runs jobs on worker processes with a steady progress line; returns {name: error} of failed ones."""
+  context = multiprocessing.get_context("spawn")
+  queue, finished = context.Queue(), context.Queue()
+  for job in todo + [None] * workers:
+    queue.put(job)
+  processes = [context.Process(target=worker, args=(i, workers, queue, finished, str(workdir)), daemon=True)
+               for i in range(workers)]
+  for process in processes:
+    process.start()
+  began, done, failed = time.monotonic(), 0, {}
+  while done < len(todo):
+    try:
+      name, error = finished.get(timeout=10)
+    except multiprocessing.queues.Empty:
+      if not any(p.is_alive() for p in processes):
+        raise SystemExit("ddil: run failed: the worker processes ended; the same command continues") from None
+      print(f"  {_running(workdir, todo)}", flush=True)
+      continue
+    done += 1
+    if error:
+      failed[name] = error
+    spent = time.monotonic() - began
+    left = spent / done * (len(todo) - done)
+    print(f"[{done}/{len(todo)}] {name}: {'FAILED: ' + error if error else 'done'};"
+          f" {spent:.0f} s, about {left:.0f} s left", flush=True)
+  for process in processes:
+    process.join()
+  return failed
+
+
+def _running(workdir, todo) -> str:
+  """The newest logged step of the runs that are under way."""
+  newest = []
+  for job in todo:
+    for path in sorted((workdir / job.name).glob("**/metrics.jsonl")):
+      if time.time() - path.stat().st_mtime < 30 and path.stat().st_size:
+        line = json.loads(path.read_text().splitlines()[-1])
+        loss, rate = line.get("student/loss"), line.get("steps_per_second")
+        newest.append((path.stat().st_mtime, f"{path.parent.relative_to(workdir)} step {line['step']}"
+                       + (f" loss {loss:.4g}" if loss is not None else "") + (f" {rate:.0f} steps/s" if rate else "")))
+  return "; ".join(text for _, text in sorted(newest)[-2:]) or "starting"
+
+
+def main(argv: list[str] | None = None) -> int:
+  args = argparse.ArgumentParser(prog="launch.demo", description=__doc__.splitlines()[0])
+  args.add_argument("--workdir", default="runs/demo")
+  args.add_argument("--data_dir", default="")
+  args.add_argument("--seeds", type=int, default=2)
+  args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+  args.add_argument("--smoke", action="store_true", help="two steps of everything on fake data")
+  args = args.parse_args(argv)
+  workdir = pathlib.Path(args.workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  began = time.monotonic()
+
+  print(f"DDIL on digits: one teacher, then {len(jobs('', args.seeds, ''))} students, {args.workers} at a time")
+  smoke = ":smoke" if args.smoke else ""
+  data = {"data.data_dir": args.data_dir} if args.data_dir else {}
+  teacher = Job("teacher", f"configs/digits_teacher.py{smoke}", data)
+  failed = run_all([teacher], workdir, 1)
+  if not failed:
+    failed = run_all(jobs(str(workdir / "teacher"), args.seeds, args.data_dir, args.smoke), workdir, args.workers)
+
+  from ddil_jax.evaluation import report
+  folders = [workdir / "teacher"] + [workdir / job.name for job in jobs("", args.seeds, "")]
+  rows = []
+  for folder in folders:
+    if (folder / "results.json").exists():
+      for row in json.loads((folder / "results.json").read_text()):
+        rows.append(row | {"samples": f"{folder.name}/{row['samples']}"})
+  if rows:
+    (workdir / "results.json").write_text(json.dumps(rows, indent=1))
+    report.write_report([f for f in folders if (f / "results.json").exists()], workdir / "report.html")
+    print(report.terminal_table(rows))
+    print(f"report: {workdir / 'report.html'}   rows: {workdir / 'results.json'}   "
+          f"({time.monotonic() - began:.0f} s in this sitting)")
+  for name, error in failed.items():
+    print(f"FAILED {name}: {error} (see {workdir / name / 'log.txt'}; the same command continues)", file=sys.stderr)
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

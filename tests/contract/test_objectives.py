@@ -1,0 +1,102 @@
+"""Every objective in the folder, on every kind of state and device layout."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddil_jax import keys as keys_lib
+from ddil_jax import registry
+from ddil_jax.diffusion import process, transforms
+from ddil_jax.objectives.base import View
+from ddil_jax.states.base import Context
+from ddil_jax.training.step import init_state, make_train_step
+from tests import building, toys
+
+# Small settings of each method; a new method in the folder is tested with its defaults.
+OPTIONS = {"lcm": dict(num_scales=16, guidance_range=(1.0, 4.0)), "cd": dict(num_scales=9, target_decay=0.9),
+           "dmd2": dict(gan_weight=0.1, period=2, critic_weight="snr_trunc", weight_cap=100.0)}
+NAMES = registry.names("objectives")
+
+
+def make(name, parts=None):
+  parts = parts or toys.toy_parts(reflect=transforms.reflect(transforms.clip()))
+  return parts, registry.load("objectives", name).make(parts, **OPTIONS.get(name, {}))
+
+
+def teacher_for(name):
+  return () if name == "denoising" else toys.toy_init(jax.random.key(7))
+
+
+def largest_difference(a, b):
+  return max(float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float))))
+             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_equals_mesh_equals_pmap(name):
+  parts, objective = make(name)
+  distribution = building.ddil(parts, objective)
+  single, _ = building.run(objective, distribution, teacher_for(name))
+  for mode in ("mesh", "pmap"):
+    other, _ = building.run(objective, distribution, teacher_for(name), mode)
+    assert largest_difference(single, other) < 1e-6, mode
+  start, _ = building.run(objective, distribution, teacher_for(name), steps=0)
+  assert largest_difference(single.params, start.params) > 1e-6  # something was learned
+
+
+@pytest.mark.parametrize("source", ["forward", "student", "teacher", "dagger"])
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_on_every_source(name, source):
+  """Per example, finite, no gradient into the states or the frozen teacher, some into its own parameters."""
+  parts, objective = make(name)
+  available = building.sources(parts, objective)
+  if objective.needs_x0 and source != "forward":
+    pytest.skip("defined on forward states only")
+  teacher, batch = teacher_for(name), toys.toy_batch(4)
+  key = jax.random.key(3)
+  keys = keys_lib.per_example(key, batch["lane"])
+  params = objective.init(key, teacher)
+  ctx = Context(jnp.zeros((), jnp.int32), key, keys, batch, params["student"], teacher, 4)
+  states = jax.jit(available[source].fresh)(ctx)
+  # The critics differ from the teacher, else distribution matching has nothing to do.
+  params = jax.tree.map(lambda v: v + 0.05 * jnp.cos(jnp.arange(v.size, dtype=v.dtype).reshape(v.shape)), params)
+  view = View(params, {name: params["student"] for name in objective.targets}, teacher, jnp.zeros((), jnp.int32))
+  for player in objective.players:
+    def total(own, x_t, teacher):
+      loss, metrics = player.loss(own, view._replace(teacher=teacher), states._replace(x_t=jax.lax.stop_gradient(x_t)),
+                                  batch, keys)
+      assert loss.shape == (4,) and all(v.shape == (4,) for v in metrics.values())
+      return loss.sum()
+
+    value, grads = jax.jit(jax.value_and_grad(total))(params[player.name], states.x_t, teacher)
+    assert np.isfinite(value)
+    assert float(optax.global_norm(grads)) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_teacher_is_an_argument(name):
+  """Frozen parameters closed over would become constants of the program."""
+  parts, objective = make(name)
+  distribution = building.ddil(parts, objective)
+  teacher = () if name == "denoising" else toys.toy_init(jax.random.key(7), width=4096)  # 128 KiB a layer
+  optimizers, targets = {p.name: optax.sgd(0.1) for p in objective.players}, dict(objective.targets)
+  step = make_train_step(objective, distribution, optimizers, targets, 4)
+  batch = toys.toy_batch(4)
+  state = init_state(objective, distribution, optimizers, targets, jax.random.key(0), teacher, batch)
+  jaxpr = jax.make_jaxpr(step)(state, {"teacher": teacher}, batch, jax.random.key(1))
+  constants = sum(np.asarray(c).nbytes for c in jaxpr.consts)
+  assert constants < 16 * 1024  # time grids and tables
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "denoising"])
+@pytest.mark.parametrize("process_", [process.edm(), process.flow(), process.stable_diffusion()],
+                         ids=["edm", "flow", "stable_diffusion"])
+def test_other_processes(name, process_):
+  """One step on the other processes is finite."""
+  parts = toys.toy_parts(process_, grid="karras" if process_.name == "edm" else "uniform")
+  _, objective = make(name, parts)
+  state, metrics = building.run(objective, building.ddil(parts, objective), teacher_for(name), steps=2, batch_size=4)
+  assert float(metrics["skipped"].total) == 0
+  assert all(np.isfinite(np.asarray(v)).all() for v in jax.tree.leaves(state.params))
