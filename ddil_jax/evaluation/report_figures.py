@@ -9,7 +9,10 @@ import textwrap
 
 import markupsafe
 import matplotlib
+from matplotlib import ticker
 from matplotlib.figure import Figure
+
+from ddil_jax.evaluation.report_rows import order, variant_order
 
 SHIFTS = {"sw2": "sliced Wasserstein-2 distance", "mmd2": "unbiased squared maximum mean discrepancy"}
 SOURCES = {"forward": "#3f7fc4", "student": "#e0740b", "teacher": "#2b9a66", "dagger": "#b0429a"}
@@ -19,8 +22,8 @@ _INK = "#123456"  # what is drawn in this colour gets the page's text colour
 _STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8, "axes.titlesize": 8.5,
           "text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
           "axes.formatter.use_mathtext": False, "axes.formatter.useoffset": False,
-          "grid.alpha": 0.15, "lines.linewidth": 1.3, "lines.markersize": 3.5} | dict.fromkeys(
-              ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), _INK)
+          "grid.alpha": 0.15, "lines.linewidth": 1.3, "lines.markersize": 3.5} | {
+              f"{x}color": _INK for x in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.", "grid.")}
 
 
 def colour(variant: str) -> str:
@@ -48,11 +51,11 @@ def draw(runs, rows) -> dict:
         sources_legend=[(f"{s} states", c, "solid") for s, c in SOURCES.items()
                         if any(f"student/loss@{s}" in line for run in runs for line in run.log)],
         training=_of_training(runs, _curves, "training curves"),
-        training_legend=solid([v for v in _COLOURS if v in trained] + sorted(trained - set(_COLOURS))))
+        training_legend=solid(sorted(trained, key=variant_order)))
 
 
 def _shift(rows, kind, shown):
-  """A figure per objective, steps and guidance scale: distance to the forward marginal and to the teacher's."""
+  """A figure per objective, steps and guidance scale: distance to the forward marginal and the teacher."""
   groups = collections.defaultdict(lambda: collections.defaultdict(list))
   for row in rows:
     if row.variant in shown and any(_finite(p.get(f"{kind}_student_{of}")) for p in row.shift
@@ -82,7 +85,7 @@ def _shift(rows, kind, shown):
 
 
 def _band(axis, curves, key, color, **style):
-  """Mean over curves per time; the band runs from the lowest lower to the highest upper end of the intervals."""
+  """Mean over curves per time, and a band from the lowest to the highest end of their intervals."""
   points = collections.defaultdict(list)
   for p in (p for curve in curves for p in curve):
     t, value, low, high = (p.get(k) for k in ("t", key, f"{key}_low", f"{key}_high"))
@@ -90,18 +93,19 @@ def _band(axis, curves, key, color, **style):
       points[t].append((value, low if _finite(low) else value, high if _finite(high) else value))
   if points:
     times = sorted(points)
-    mean, low, high = zip(*((statistics.fmean(v), min(l), max(h)) for v, l, h in (zip(*points[t]) for t in times)))
+    mean, low, high = (list(map(of, ([p[i] for p in points[t]] for t in times)))
+                       for i, of in enumerate((statistics.fmean, min, max)))
     axis.plot(times, mean, color=color, **style)
     axis.fill_between(times, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _of_training(runs, panels, what):
   groups = collections.defaultdict(list)
-  for run in runs:
+  for run in sorted(runs, key=lambda run: (not run.rows, [order(r.group) for r in run.rows[:1]])):
     if run.log:
       groups[_title(run)].append(run)
   figures = []
-  for title, members in sorted(groups.items(), key=lambda item: item[0] != "teacher"):
+  for title, members in groups.items():
     drawn = [(name, lines) for name, lines in panels(members) if lines]
     if not drawn:
       continue
@@ -112,14 +116,24 @@ def _of_training(runs, panels, what):
     for (name, lines), axis in zip(drawn, axes):  # in this order: axes keeps what is left over
       for x, y, color in lines:
         axis.plot(x, y, color=color, alpha=0.8, marker="o" if len(x) < 3 else None)
-      if all(v > 0 for _, y, _ in lines for v in y) and not name.endswith("per_second"):
-        axis.set_yscale("log")
+      _scale(axis, [v for _, y, _ in lines for v in y])
       axis.set_title("\n".join(textwrap.wrap(name, 30)))
       axis.set_xlabel("training step")
     for axis in list(axes):
       axis.remove()
     figures.append((title, _svg(fig, f"{what} {title}", f"{what}, {title}")))
   return figures
+
+
+def _scale(axis, values):
+  """A logarithmic axis where the values span much, with ticks at 1, 2, 5 as plain numbers."""
+  if min(values) > 0 and max(values) > 5 * min(values):
+    axis.set_yscale("log")
+    subs = (1, 2, 5) if max(values) < 500 * min(values) else (1,)
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
+  axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:.4g}"))
+  axis.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10], integer=True))
 
 
 def _title(run) -> str:
@@ -138,9 +152,9 @@ def _variant(run) -> str:
 
 def _by_source(runs):
   """A panel per variant, a line per source and run; nothing for runs that know one source only."""
-  by_variant = {v: [r for r in runs if _variant(r) == v] for v in [*_COLOURS, *sorted({_variant(r) for r in runs})]}
-  panels = [(v, [(*xy, color) for source, color in SOURCES.items() for run in members
-                 if (xy := _series(run, f"student/loss@{source}"))]) for v, members in by_variant.items()]
+  variants = sorted({_variant(run) for run in runs}, key=variant_order)
+  panels = [(v, [(*xy, color) for source, color in SOURCES.items() for run in runs
+                 if _variant(run) == v and (xy := _series(run, f"student/loss@{source}"))]) for v in variants]
   several = len({line[2] for _, lines in panels for line in lines}) > 1
   return panels if several else []
 
@@ -148,7 +162,8 @@ def _by_source(runs):
 def _curves(runs):
   """A panel per quantity that was logged, a line per run."""
   keys = {k for run in runs for line in run.log for k in line} - {"step", "time"}
-  keys = sorted((k for k in keys if not re.search(r"/loss@\w+$", k)), key=lambda k: (k != "student/loss", k))
+  keys = sorted((k for k in keys if not re.search(r"/loss@\w+$", k)),
+                key=lambda k: (k != "student/loss", "/" not in k, k))
   return [(key, [(*xy, colour(_variant(run))) for run in runs if (xy := _series(run, key))]) for key in keys]
 
 
@@ -162,10 +177,11 @@ def _finite(value):
 
 
 def _svg(fig, name, alt) -> markupsafe.Markup:
-  """The figure as <svg> element; ids depend on name and content only, so that figures on a page do not clash."""
+  """The figure as <svg> element; ids follow from name and content, so that figures of a page do not clash."""
   out = io.StringIO()
   with matplotlib.rc_context({"svg.hashsalt": name}):
-    fig.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    fig.savefig(out, format="svg", transparent=True,
+                metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
   text = out.getvalue()
   text = re.sub(r"<metadata>.*?</metadata>|<g id=\"[^\"]*\"", lambda m: "<g" if m[0][:2] == "<g" else "",
                 text[text.index("<svg"):], flags=re.S)

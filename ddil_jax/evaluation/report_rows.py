@@ -101,11 +101,12 @@ def _json(path, kind, problems):
 
 
 def _log(path, problems) -> list[dict]:
-  """Lines of metrics.jsonl by step, finite numbers only; a step that a resumed run wrote again counts once."""
+  """Finite numbers of metrics.jsonl by step; where a resumed run wrote a step again, the last line counts."""
   try:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
   except OSError as e:
-    problems.append(f"{path.name} is absent" if isinstance(e, FileNotFoundError) else f"{path.name}: {e.strerror}")
+    absent = isinstance(e, FileNotFoundError)
+    problems.append(f"{path.name} is absent" if absent else f"{path.name} cannot be read: {e.strerror}")
     return []
   found, damaged = {}, 0
   for line in filter(str.strip, lines):
@@ -131,10 +132,13 @@ def check(raw, problems: list[str], path=pathlib.Path(), run: str = "") -> Row |
   metrics = raw["metrics"] if isinstance(raw.get("metrics"), dict) else {}
   shift = raw["shift"] if isinstance(raw.get("shift"), list) else []
   objective = str(needed["objective"])
-  return Row(objective, "" if objective == "teacher" else str(raw.get("variant") or "base"), int(needed["steps"]),
-             needed["guidance_scale"], int(needed["seed"]), {str(k): _number(v) for k, v in metrics.items()},
-             [p for p in shift if isinstance(p, dict)], _number(raw.get("network_evaluations")),
-             _number(raw.get("seconds")), str(raw.get("samples") or ""), path, run)
+  variant = "" if objective == "teacher" else str(raw.get("variant") or "base")
+  return Row(
+      objective, variant, int(needed["steps"]), needed["guidance_scale"], int(needed["seed"]),
+      metrics={str(k): _number(v) for k, v in metrics.items()},
+      shift=[p for p in shift if isinstance(p, dict)],
+      network_evaluations=_number(raw.get("network_evaluations")), seconds=_number(raw.get("seconds")),
+      samples=str(raw.get("samples") or ""), path=path, run=run)
 
 
 def _number(value):
@@ -143,7 +147,7 @@ def _number(value):
 
 
 def unique(rows: list[Row], missing: list[str]) -> list[Row]:
-  """Rows in the order of the tables, each once; where two contradict, the first counts and `missing` says so."""
+  """Rows in the tables' order, each once; where two contradict, the first counts and `missing` says so."""
   found = {}
   for row in rows:
     first = found.setdefault((row.group, row.variant, row.seed, frozenset(row.metrics)), row)
