@@ -1,0 +1,169 @@
+"""The project's own UNet: class and guidance conditioning, attention, dropout, named features.
+
+One skip per residual block. Downsampling is average pooling, upsampling nearest neighbour and a
+convolution, cropped to the skip's size, so that odd maps (28 -> 14 -> 7 -> 4) work. Every residual
+branch and the output start at zero: the network begins as the zero function.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddil_jax.errors import UsageError
+from ddil_jax.keys import named
+from ddil_jax.models.layers import GroupNorm, dropout, guidance_embedding, sinusoidal_embedding
+from ddil_jax.types import Array, Cond
+
+_ZEROS = nn.initializers.zeros_init()
+
+
+class ResBlock(nn.Module):
+  """GroupNorm, SiLU, convolution, twice; the embedding scales and shifts the second norm."""
+  channels: int
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array, embedding: Array, keys: Array | None = None) -> Array:
+    conv = lambda name, **kw: nn.Conv(self.channels, (3, 3), dtype=self.dtype, name=name, **kw)  # noqa: E731
+    h = nn.silu(GroupNorm(dtype=self.dtype, name="norm_in")(x))
+    h = conv("conv_in")(h)
+    scale_shift = nn.Dense(2 * self.channels, dtype=self.dtype, name="film")(embedding)
+    h = nn.silu(GroupNorm(dtype=self.dtype, name="norm_out")(h, scale_shift))
+    h = dropout(h, self.dropout, None if keys is None else named(keys, self.name))
+    h = conv("conv_out", kernel_init=_ZEROS)(h)
+    if x.shape[-1] != self.channels:
+      x = nn.Dense(self.channels, dtype=self.dtype, name="skip")(x)
+    return x + h
+
+
+class Attention(nn.Module):
+  """Self-attention over the pixels of a map, residual."""
+  num_heads: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    b, h, w, c = x.shape
+    if c % self.num_heads:
+      raise UsageError(f"attention: num_heads {self.num_heads} must divide {c} channels ({h}x{w} map)")
+    y = GroupNorm(dtype=self.dtype, name="norm")(x).reshape(b, h * w, c)
+    qkv = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(y).reshape(b, h * w, 3, self.num_heads, -1)
+    y = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(b, h, w, c)
+    return x + nn.Dense(c, dtype=self.dtype, kernel_init=_ZEROS, name="out")(y)
+
+
+class UNet(nn.Module):
+  """Noise-conditional UNet, `(x [B,H,W,C], t [B], cond) -> [B,H,W,out_channels]`.
+
+  Attributes:
+    out_channels: output channels.
+    channels: width of the first level.
+    channel_mult: width of each level in units of `channels`; its length is the number of levels.
+    num_res_blocks: residual blocks per level, on the way down and on the way up.
+    attention_resolutions: heights of the maps at which self-attention acts.
+    num_heads: attention heads.
+    num_classes: 0 is unconditional; else the index `num_classes` is the null class.
+    dropout: rate in the residual blocks; acts only where keys are given.
+    guidance_embedding: width of the embedding of cond["guidance_scale"]; 0 is none. Its projection
+      starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
+    dtype: compute dtype; parameters and output are float32.
+  """
+  out_channels: int
+  channels: int = 8
+  channel_mult: tuple[int, ...] = (1, 2)
+  num_res_blocks: int = 1
+  attention_resolutions: tuple[int, ...] = ()
+  num_heads: int = 1
+  num_classes: int = 0
+  dropout: float = 0.0
+  guidance_embedding: int = 0
+  dtype: Any = jnp.float32
+
+  def feature_names(self) -> tuple[str, ...]:
+    """Features that `__call__` gives on request."""
+    return ("bottleneck", "encoder", *(f"level{i}" for i in range(len(self.channel_mult))))
+
+  @nn.compact
+  def __call__(self, x: Array, t: Array, cond: Cond, keys: Array | None = None,
+               features: tuple[str, ...] = ()) -> Any:
+    """Runs the network.
+
+    Args:
+      x: [B, H, W, C].
+      t: time input [B], about 0..1000.
+      cond: "label" int [B] (missing: null class), "guidance_scale" float [B] (missing: 1).
+      keys: [B] typed keys that switch dropout on.
+      features: names of features wanted; see `feature_names`.
+
+    Returns:
+      float32 [B, H, W, out_channels]; with features, a pair of it and {name: [B, h, w, c]}.
+
+    Raises:
+      UsageError: unknown feature, or heads that do not divide the channels.
+    """
+    unknown = [name for name in features if name not in self.feature_names()]
+    if unknown:
+      raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(self.feature_names())}")
+    last = len(self.channel_mult) - 1
+    found = {}
+
+    def block(h, level, name):
+      width = self.channels * self.channel_mult[level]
+      h = ResBlock(width, self.dropout, self.dtype, name=name)(h, emb, keys)
+      if h.shape[1] in self.attention_resolutions:
+        h = Attention(self.num_heads, self.dtype, name=f"{name}_attention")(h)
+      return h
+
+    emb = nn.silu(self._embed(t, cond))
+    h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(x)
+
+    skips = []
+    for i in range(last + 1):
+      for j in range(self.num_res_blocks):
+        h = block(h, i, f"down_{i}_{j}")
+        skips.append(h)
+      found[f"level{i}"] = h
+      if i < last:
+        h = nn.avg_pool(h, (2, 2), (2, 2), "SAME", count_include_pad=False)
+    found["encoder"] = h
+
+    h = block(h, last, "mid_0")
+    h = ResBlock(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys)
+    found["bottleneck"] = h
+
+    for i in reversed(range(last + 1)):
+      for j in range(self.num_res_blocks):
+        h = block(jnp.concatenate([h, skips.pop()], axis=-1), i, f"up_{i}_{j}")
+      if i > 0:
+        h = upsample(h, skips[-1].shape[1:3])
+        h = nn.Conv(h.shape[-1], (3, 3), dtype=self.dtype, name=f"upsample_{i}")(h)
+
+    h = nn.silu(GroupNorm(dtype=self.dtype, name="norm_out")(h))
+    out = nn.Conv(self.out_channels, (3, 3), dtype=self.dtype, kernel_init=_ZEROS, name="conv_out")(h)
+    out = out.astype(jnp.float32)
+    return (out, {name: found[name] for name in features}) if features else out
+
+  def _embed(self, t: Array, cond: Cond) -> Array:
+    """Embedding [B, 4 channels] of time, guidance scale and class."""
+    width = 4 * self.channels
+    h = sinusoidal_embedding(t.astype(jnp.float32), width)
+    if self.guidance_embedding:
+      w = cond["guidance_scale"].astype(jnp.float32) - 1 if "guidance_scale" in cond else jnp.zeros(t.shape)
+      h = h + nn.Dense(width, use_bias=False, kernel_init=_ZEROS, dtype=self.dtype, name="guidance")(
+          guidance_embedding(w, self.guidance_embedding))
+    h = nn.silu(nn.Dense(width, dtype=self.dtype, name="time_0")(h))
+    h = nn.Dense(width, dtype=self.dtype, name="time_1")(h)
+    if self.num_classes:
+      label = cond.get("label", jnp.full(t.shape, self.num_classes, jnp.int32))
+      h = h + nn.Embed(self.num_classes + 1, width, dtype=self.dtype, name="label")(label)
+    return h
+
+
+def upsample(x: Array, size: tuple[int, int]) -> Array:
+  """Nearest-neighbour doubling of x [B,h,w,C], cropped to size (H, W)."""
+  b, h, w, c = x.shape
+  doubled = jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+  return doubled[:, :size[0], :size[1]]
