@@ -180,10 +180,13 @@ def shift_curves(student_path, teacher_path, forward_path, grid, floor_path=None
 
   Pairs: student_forward, student_teacher, teacher_forward and, with a second forward draw, `floor`
   (forward against forward: what equal distributions measure at this sample size). The kernel's
-  bandwidth at t_k is the median heuristic on the forward marginal of t_k.
+  bandwidth at t_k is the median heuristic on the forward marginal of t_k. The sets are resampled
+  independently, so where student and teacher start from the same noise their interval is wide.
 
   Args:
-    student_path, teacher_path, forward_path: [K+1,N,H,W,C], states at t_0 > ... > t_K; N may differ.
+    student_path, teacher_path, forward_path: [K+1,N,H,W,C], states at t_0 > ... > t_K. N may differ,
+      but SW2 and its floor have the same bias at equal N only. No sample may be there twice: near
+      t = 0 a repeated image makes its copies neighbours and MMD^2 large.
     grid: [K+1] the times.
     floor_path: a second, independent draw of the forward path, or None.
     num_projections: of the sliced distance.

@@ -82,6 +82,13 @@ def test_reference_features_are_made_once(extractor, tmp_path):
   results._memory.clear()
   assert evaluate(images(30, 1), None, reference, cache_dir=tmp_path, **args) == first
   assert calls == [30, 30, 60]
+  # A file that holds the features of another reference is not believed.
+  other = images(60, 9)
+  results.reference_features(extractor, other, tmp_path)
+  mine, theirs = sorted(tmp_path.iterdir(), key=lambda p: p != path)
+  mine.write_bytes(theirs.read_bytes())
+  results._memory.clear()
+  assert evaluate(images(30, 1), None, reference, cache_dir=tmp_path, **args) == first
   for seed in range(20):
     results.reference_features(extractor, images(5, seed))
   assert len(results._memory) <= 8
