@@ -73,8 +73,9 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
   """Trains the classifier once and returns it as an extractor; a later call reads the cache.
 
   Cross entropy under Adam with cosine decay; images are shifted by up to `max_shift` of their side
-  (fractions of a pixel too) and get Gaussian noise of deviation `noise`. The cached file is named by the recipe and the data; its content is verified
-  by hash and by the features of a probe batch, and is made again when it does not hold.
+  (fractions of a pixel too) and get Gaussian noise of deviation `noise`. The cached file is named
+  by the recipe and the data; its content is verified by hash and by the features of a probe batch,
+  and is made again when it does not hold.
 
   Args:
     module: Linen; `apply({"params"}, images [B,H,W,C])` gives (logits [B,K], features [B,D]).
@@ -94,6 +95,11 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
   if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
     raise UsageError(f"name {name!r} of the extractor; expected letters, digits, '-', '_' and '.'")
   image_shape = images.shape[1:]
+  (logits, _), variables = jax.eval_shape(module.init_with_output, jax.random.key(0), images[:1])
+  if logits.shape[-1] != num_classes:
+    raise UsageError(f"the classifier has {logits.shape[-1]} logits; the data has {num_classes} classes")
+  if set(variables) != {"params"}:
+    raise UsageError(f"the classifier has collections {sorted(variables)}; only 'params' is supported")
   recipe = {"module": _describe(module), "num_classes": num_classes, "seed": seed, "steps": steps,
             "batch_size": batch_size, "learning_rate": learning_rate, "max_shift": max_shift, "noise": noise}
   data = files.digest({"images": images, "labels": labels}, recipe)
@@ -106,8 +112,6 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
 
   variables = _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise)
   extractor = make_extractor(module, variables, image_shape, name)
-  if extractor.num_classes != num_classes:
-    raise UsageError(f"the classifier has {extractor.num_classes} logits; the data has {num_classes} classes")
   some = slice(0, 4096)
   accuracy = float(np.mean(extractor.logits(images[some]).argmax(axis=1) == labels[some]))
   logging.info("%s: accuracy %.4f on its training images", extractor.name, accuracy)
@@ -121,8 +125,6 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
 def _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise):
   root = jax.random.key(seed)
   variables = jax.jit(module.init)(jax.random.fold_in(root, steps), jnp.asarray(images[:1]))
-  if set(variables) != {"params"}:
-    raise UsageError(f"the classifier has collections {sorted(variables)}; only 'params' is supported")
   optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
   def step(variables, opt, images, labels, i):

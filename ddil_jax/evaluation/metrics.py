@@ -1,6 +1,6 @@
 """Distances between sets of features: Frechet, kernel, precision/recall, density/coverage.
 
-All in float64 on the host; pairwise distances go in chunks of rows, so that 10k x 10k fits.
+All in float64 on the host; what is pairwise goes in chunks of rows, so that any size fits in memory.
 """
 
 from typing import Iterator
@@ -11,7 +11,7 @@ import scipy.linalg
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import checks
 
-_CHUNK = 1024
+_ENTRIES = 1 << 23  # of a chunk of pairs: 64 MiB
 
 
 def frechet_distance(feats_a, feats_b) -> float:
@@ -83,7 +83,7 @@ def kernel_distance(feats_a, feats_b, block: int | None = None, num_blocks: int 
 
 def _cubic_mmd2(a, b):
   def total(x, y):
-    return sum(((x[i:i + _CHUNK] @ y.T / x.shape[1] + 1)**3).sum() for i in range(0, len(x), _CHUNK))
+    return sum(((x[rows] @ y.T / x.shape[1] + 1)**3).sum() for rows in _chunks(len(x), len(y)))
 
   def within(x):
     diagonal = ((np.sum(x**2, axis=1) / x.shape[1] + 1)**3).sum()
@@ -145,11 +145,15 @@ def _radii2(x, k):
   return radii
 
 
-def squared_distances(a, b, chunk: int = _CHUNK) -> Iterator[tuple[slice, np.ndarray]]:
+def _chunks(n: int, m: int) -> Iterator[slice]:
+  rows = max(1, _ENTRIES // m)
+  return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
+
+
+def squared_distances(a, b) -> Iterator[tuple[slice, np.ndarray]]:
   """Yields (rows, |a_i - b_j|^2 [rows, M]) for chunks of the rows of a [N,D] against b [M,D]."""
   norms = np.sum(b**2, axis=1)
-  for start in range(0, len(a), chunk):
-    rows = slice(start, min(start + chunk, len(a)))
+  for rows in _chunks(len(a), len(b)):
     d2 = a[rows] @ b.T
     d2 *= -2
     d2 += np.sum(a[rows]**2, axis=1)[:, None]

@@ -105,36 +105,45 @@ def test_the_cache_returns_the_same_extractor(digits, trained, monkeypatch):
   assert len(list(cache.iterdir())) == 1
 
 
-def test_the_name_follows_parameters_and_the_file_the_recipe(digits, tmp_path):
-  images, labels = digits
-  first = quick(digits, tmp_path)
-  assert quick(digits, None).name == first.name  # training is reproducible
+def test_the_name_follows_parameters_and_the_file_the_recipe(digits, cached, tmp_path):
+  _, labels = digits
+  name, file, content = cached
+  assert quick(digits, tmp_path).name == name  # training is reproducible
+  assert (tmp_path / file).read_bytes() == content
   others = [quick(digits, tmp_path, labels=(labels[:200] + 1) % 10),
             quick(digits, tmp_path, module=Tiny(act=nn.silu)), quick(digits, tmp_path, seed=1)]
-  assert len({first.name, *(e.name for e in others)}) == 4
+  assert len({name, *(e.name for e in others)}) == 4
   assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.fixture(scope="module")
+def cached(digits, tmp_path_factory):
+  """A quick extractor's name, the name of its cache file and the content."""
+  folder = tmp_path_factory.mktemp("quick")
+  extractor = quick(digits, folder)
+  path, = folder.iterdir()
+  return extractor.name, path.name, path.read_bytes()
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate", "pickle", "empty"])
-def test_a_damaged_cache_is_made_again(digits, tmp_path, damage, caplog):
-  first = quick(digits, tmp_path)
-  path, = tmp_path.iterdir()
-  good = path.read_bytes()
+def test_a_damaged_cache_is_made_again(digits, cached, tmp_path, damage, caplog):
+  name, file, good = cached
+  path = tmp_path / file
   flipped = bytearray(good)
   flipped[-5] ^= 0x10
   bad = {"flip": bytes(flipped), "truncate": good[:-40], "pickle": b"\x80\x04K\x01.", "empty": b""}
   path.write_bytes(bad[damage])
   with caplog.at_level(logging.WARNING):
     again = quick(digits, tmp_path)
-  assert again.name == first.name
+  assert again.name == name
   assert path.name in caplog.text and "again" in caplog.text
   assert path.read_bytes() == good
 
 
-def test_a_cache_of_other_code_is_made_again(digits, tmp_path, caplog, monkeypatch):
-  first = quick(digits, tmp_path)
-  path, = tmp_path.iterdir()
-  before = path.read_bytes()
+def test_a_cache_of_other_code_is_made_again(digits, cached, tmp_path, caplog, monkeypatch):
+  name, file, before = cached
+  path = tmp_path / file
+  path.write_bytes(before)
   # The same fields and parameters, another computation.
   call = Tiny.__call__
   monkeypatch.setattr(Tiny, "__call__", lambda self, x: [2 * y for y in call(self, x)])
@@ -142,7 +151,7 @@ def test_a_cache_of_other_code_is_made_again(digits, tmp_path, caplog, monkeypat
     quick(digits, tmp_path)
   assert "belongs to another version of the classifier" in caplog.text
   assert path.read_bytes() != before
-  assert first.name in before.decode("latin1")
+  assert name.encode() in before
 
 
 def test_shifts_move_by_fractions_and_repeat_the_edge():

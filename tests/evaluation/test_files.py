@@ -44,8 +44,8 @@ def test_every_flipped_byte_is_noticed(tmp_path):
 
 def test_the_hash_covers_names_shapes_types_and_description():
   x = np.arange(4, dtype=np.int32)
-  variants = [files.digest(arrays) for arrays in ({"a": x}, {"b": x}, {"a": x + 1}, {"a": x.reshape(2, 2)},
-                                                  {"a": x.view(np.float32)})] + [files.digest({"a": x}, "about")]
+  arrays = [{"a": x}, {"b": x}, {"a": x + 1}, {"a": x.reshape(2, 2)}, {"a": x.view(np.float32)}]
+  variants = [files.digest(a) for a in arrays] + [files.digest({"a": x}, "about")]
   assert len(set(variants)) == len(variants)
   assert files.digest({"a": x, "b": x + 1}) == files.digest({"b": x + 1, "a": x})
 

@@ -74,7 +74,7 @@ def naive_kid(a, b):
 
 
 def test_kernel_distance_equals_sklearns_kernel(monkeypatch):
-  monkeypatch.setattr(m, "_CHUNK", 37)  # chunks that do not divide the sets
+  monkeypatch.setattr(m, "_ENTRIES", 4000)  # chunks that do not divide the sets
   a, b = draw(120, 6, 1), draw(95, 6, 2, 1.1, 0.2)
   np.testing.assert_allclose(m.kernel_distance(a, b), naive_kid(a, b), rtol=1e-10)
 
@@ -115,8 +115,7 @@ def naive_prdc(real, fake, k):
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_prdc_equals_brute_force(monkeypatch, k):
-  monkeypatch.setattr(m, "_CHUNK", 41)
-  monkeypatch.setattr(m.squared_distances, "__defaults__", (41,))
+  monkeypatch.setattr(m, "_ENTRIES", 41 * 150)
   real, fake = draw(150, 5, 1), 0.8 * draw(130, 5, 1)[::-1] + 0.4
   expected = naive_prdc(real, fake, k)
   assert 0 < expected["precision"] < 1 and 0 < expected["coverage"] < 1
@@ -147,9 +146,12 @@ def test_prdc_of_a_copy_and_of_strangers():
   assert got["precision"] == 1 and got["recall"] < 0.05 and got["coverage"] < 0.1
 
 
-def test_squared_distances_are_exact_per_chunk():
+def test_squared_distances_are_exact_per_chunk(monkeypatch):
   a, b = draw(23, 3, 1), draw(17, 3, 2)
-  got = np.concatenate([d2 for _, d2 in m.squared_distances(a, b, chunk=5)])
+  monkeypatch.setattr(m, "_ENTRIES", 5 * 17)
+  chunks = list(m.squared_distances(a, b))
+  assert [len(d2) for _, d2 in chunks] == [5, 5, 5, 5, 3]
+  got = np.concatenate([d2 for _, d2 in chunks])
   np.testing.assert_allclose(got, np.sum((a[:, None] - b[None])**2, axis=2), atol=1e-10)
 
 
