@@ -8,8 +8,9 @@ from ddil_jax.errors import UsageError
 MODES = (("fixed", "fixed"), ("fixed", "progressive"), ("adaptive", "progressive"), ("fixed", "progdist"))
 
 
-def ema_and_scales(target_ema_mode: str, start_ema: float, scale_mode: str, start_scales: int, end_scales: int,
-                   total_steps: int, distill_steps_per_iter: int = 0) -> Callable[[int], tuple[float, int]]:
+def ema_and_scales(target_ema_mode: str, start_ema: float, scale_mode: str, start_scales: int,
+                   end_scales: int, total_steps: int,
+                   distill_steps_per_iter: int = 0) -> Callable[[int], tuple[float, int]]:
   """The schedules of consistency models: step -> (EMA rate of the target, number of grid points).
 
   progressive: `N(k) = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1`; adaptive:
@@ -40,7 +41,7 @@ def ema_and_scales(target_ema_mode: str, start_ema: float, scale_mode: str, star
     if scale_mode == "progdist":
       return 1.0, halved(step)
     intervals = progressive(step)
-    rate = start_ema if target_ema_mode == "fixed" else math.exp(start_scales * math.log(start_ema) / intervals)
-    return rate, intervals + 1
+    exponent = 1 if target_ema_mode == "fixed" else start_scales / intervals
+    return start_ema**exponent, intervals + 1
 
   return schedule

@@ -26,7 +26,7 @@ def l1() -> Distance:
 
 
 def pseudo_huber(c: float = 1e-3) -> Distance:
-  """Pseudo-Huber, mean (sqrt((a - b)^2 + c^2) - c), element by element as latent consistency models have it."""
+  """Pseudo-Huber, mean (sqrt((a - b)^2 + c^2) - c), element by element (arXiv 2310.04378)."""
   if not c > 0:
     raise UsageError(f"distance pseudo_huber: c {c} must be positive")
   return lambda a, b: per_example(jnp.sqrt((a - b) ** 2 + c**2) - c)

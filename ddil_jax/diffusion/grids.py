@@ -45,13 +45,15 @@ def uniform(n: int, process: Process) -> np.ndarray:
   return check_grid(end + (process.t_max - end) * np.arange(n, -1, -1) / n)
 
 
-def ddim_timesteps(n: int, spacing: str = "trailing", steps_offset: int = 0,
-                   num_train_timesteps: int = 1000) -> np.ndarray:
+def ddim_timesteps(n: int, spacing: str = "trailing", steps_offset: int = 0, num_train_timesteps: int = 1000,
+                   keep_surplus: bool = False) -> np.ndarray:
   """The n timesteps of a DDIM sampler, int64, decreasing (arXiv 2305.08891, table 2).
 
   Args:
     spacing: "leading" `(T // n) i + offset`, "trailing" `round(T - i T / n) - 1`, or "linspace"
       `round(i (T - 1) / (n - 1))`; the offset acts on "leading" only.
+    keep_surplus: diffusers' "trailing" has for some n (61, 103, ...) one timestep more, -1, by a
+      rounding; keep it.
   """
   _check_steps(n, num_train_timesteps)
   i = np.arange(n)
@@ -59,7 +61,8 @@ def ddim_timesteps(n: int, spacing: str = "trailing", steps_offset: int = 0,
     times = i[::-1] * (num_train_timesteps // n) + steps_offset
   elif spacing == "trailing":
     # By repeated subtraction of a rounded T / n, as np.arange does: it decides how halves round.
-    times = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / n)[:n]) - 1
+    times = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / n)) - 1
+    times = times if keep_surplus else times[:n]
   elif spacing == "linspace":
     times = np.round(np.linspace(0, num_train_timesteps - 1, n))[::-1]
   else:
@@ -73,18 +76,23 @@ def ddim(n: int, spacing: str = "trailing", steps_offset: int = 0,
   return _with_end(ddim_timesteps(n, spacing, steps_offset, num_train_timesteps))
 
 
-def ddim_previous(timesteps: np.ndarray, num_train_timesteps: int = 1000) -> np.ndarray:
-  """Where diffusers' DDIM step from each timestep lands: `t - T // n`, not the next timestep.
+def ddim_previous(timesteps: np.ndarray, n: int, num_train_timesteps: int = 1000) -> np.ndarray:
+  """Where diffusers' n-step DDIM lands from each timestep: `t - T // n`, not the next timestep.
 
   The two differ where n does not divide T (trailing) and for "linspace". Negative means the end.
   """
-  return np.asarray(timesteps) - num_train_timesteps // len(timesteps)
+  return np.asarray(timesteps) - num_train_timesteps // n
 
 
 def lcm_training_timesteps(n: int = 50, num_train_timesteps: int = 1000) -> np.ndarray:
   """The ascending solver times of consistency distillation, `(i + 1) T // n - 1` (arXiv 2310.04378)."""
   _check_steps(n, num_train_timesteps)
   return np.arange(1, n + 1) * (num_train_timesteps // n) - 1
+
+
+def lcm_training_previous(timesteps: np.ndarray, num_train_timesteps: int = 1000) -> np.ndarray:
+  """Where the solver lands from `lcm_training_timesteps`: the one below, and step 0 from the first."""
+  return np.maximum(timesteps - num_train_timesteps // len(timesteps), 0)
 
 
 def lcm_timesteps(n: int, original_steps: int = 50, num_train_timesteps: int = 1000,
@@ -100,7 +108,8 @@ def lcm_timesteps(n: int, original_steps: int = 50, num_train_timesteps: int = 1
   return times[np.floor(np.linspace(0, len(times), n, endpoint=False)).astype(np.int64)]
 
 
-def lcm(n: int, original_steps: int = 50, num_train_timesteps: int = 1000, strength: float = 1.0) -> np.ndarray:
+def lcm(n: int, original_steps: int = 50, num_train_timesteps: int = 1000,
+        strength: float = 1.0) -> np.ndarray:
   """The grid of `lcm_timesteps`."""
   return _with_end(lcm_timesteps(n, original_steps, num_train_timesteps, strength))
 
@@ -119,7 +128,7 @@ def dmd2(n: int, num_train_timesteps: int = 1000) -> np.ndarray:
 def karras_levels(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> np.ndarray:
   """n noise levels, evenly spaced in sigma^(1/rho), from sigma_max to sigma_min (arXiv 2206.00364, eq. 5)."""
   _check_steps(n)
-  if not 0 < sigma_min < sigma_max:
+  if not (0 < sigma_min < sigma_max or 0 < sigma_min == sigma_max and n == 1):
     raise UsageError(f"karras grid: needs 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}")
   top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
   return (top + np.linspace(0, 1, n) * (bottom - top)) ** rho
@@ -146,26 +155,28 @@ def discrete_levels(alphas_cumprod: np.ndarray, n: int, spacing: str = "linspace
   Args:
     alphas_cumprod: [T].
     spacing: of the timesteps, see `ddim_timesteps`; "linspace" is not rounded.
-    levels: "interpolated" at the timesteps, "log_linear", or "karras" between the first and the
-      last of them; for the last two the timesteps are read off the levels.
+    levels: "interpolated" at the timesteps; "karras" or "exponential" (even in the logarithm)
+      between the first and the last of them, with timesteps read off the levels.
 
   Returns:
     timesteps float64 [n], levels float64 [n+1] ending at 0.
   """
   table = np.asarray(alphas_cumprod, np.float64)
-  num_train = len(table)
-  all_levels = np.sqrt((1 - table) / table)
-  times = (np.linspace(0, num_train - 1, n)[::-1] if spacing == "linspace"
-           else ddim_timesteps(n, spacing, steps_offset, num_train).astype(np.float64))
-  sigmas = np.interp(times, np.arange(num_train), all_levels)
+  all_levels, steps = np.sqrt((1 - table) / table), np.arange(len(table))
+  if spacing == "linspace":
+    _check_steps(n, len(table))
+    times = np.linspace(0, len(table) - 1, n)[::-1]
+  else:
+    times = ddim_timesteps(n, spacing, steps_offset, len(table)).astype(np.float64)
+  sigmas = np.interp(times, steps, all_levels)
   if levels == "karras":
     sigmas = karras_levels(n, sigmas[-1], sigmas[0], rho)
-  elif levels == "log_linear":
+  elif levels == "exponential":
     sigmas = np.exp(np.linspace(np.log(sigmas[0]), np.log(sigmas[-1]), n))
   elif levels != "interpolated":
-    raise UsageError(f"unknown levels '{levels}'; there are: interpolated, karras, log_linear")
+    raise UsageError(f"unknown levels '{levels}'; there are: exponential, interpolated, karras")
   if levels != "interpolated":
-    times = np.interp(np.log(sigmas), np.log(all_levels), np.arange(num_train))
+    times = np.interp(np.log(sigmas), np.log(all_levels), steps)
   return times, check_grid(np.append(sigmas, 0))
 
 
@@ -181,14 +192,15 @@ GRIDS = {
 
 def _num_train(process: Process) -> int:
   if process.t_max != int(process.t_max) or process.t_max < 2:
-    raise UsageError(f"grids 'ddim', 'dmd2' and 'lcm' count discrete steps, process '{process.name}' has t in "
-                     f"[0, {process.t_max:g}]; use 'uniform'")
+    raise UsageError(f"grids 'ddim', 'dmd2' and 'lcm' count discrete steps, but process '{process.name}' "
+                     f"has t in [0, {process.t_max:g}]; use 'uniform'")
   return int(process.t_max) + 1
 
 
 def _karras_of(n: int, process: Process, rho: float = 7.0, clean_end: bool = True) -> np.ndarray:
   if process.name != "edm":
-    raise UsageError(f"grid 'karras' is in noise levels of process 'edm', not of '{process.name}'; use 'uniform'")
+    raise UsageError(f"grid 'karras' is in noise levels of process 'edm', not of '{process.name}'; "
+                     "use 'uniform'")
   return karras(n, process.t_min, process.t_max, rho, clean_end)
 
 

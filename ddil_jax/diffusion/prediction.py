@@ -96,7 +96,8 @@ def edm(sigma_data: float = 0.5, boundary_sigma_min: float | None = None) -> Pre
   return Prediction("edm", to_x0, from_x0, lambda x, a, s: scalings(s / a)[2] * (x / a))
 
 
-def convert(out: Array, x_t: Array, alpha: Array, sigma: Array, source: Prediction, target: Prediction) -> Array:
+def convert(out: Array, x_t: Array, alpha: Array, sigma: Array, source: Prediction,
+            target: Prediction) -> Array:
   """The output of one parameterisation as that of another: the same x0 at the same x_t.
 
   Noise that a network predicts itself is passed on; recomputed from x0 it would lose digits at
@@ -115,7 +116,8 @@ def edm_scalings(sigma: Array, sigma_data: float = 0.5) -> tuple[Array, Array, A
   return sigma_data**2 / total, sigma * sigma_data / jnp.sqrt(total), 1 / jnp.sqrt(total)
 
 
-def cm_scalings(sigma: Array, sigma_data: float = 0.5, sigma_min: float = 0.002) -> tuple[Array, Array, Array]:
+def cm_scalings(sigma: Array, sigma_data: float = 0.5,
+                sigma_min: float = 0.002) -> tuple[Array, Array, Array]:
   """(c_skip, c_out, c_in) with f(x, sigma_min) = x (arXiv 2303.01469, appendix C)."""
   total = sigma**2 + sigma_data**2
   shifted = sigma - sigma_min

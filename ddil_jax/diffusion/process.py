@@ -230,12 +230,14 @@ def sd_betas(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float
   return _linspace(beta_start**0.5, beta_end**0.5, num_steps) ** 2
 
 
-def sd_alphas_cumprod(num_steps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> np.ndarray:
+def sd_alphas_cumprod(num_steps: int = 1000, beta_start: float = 0.00085,
+                      beta_end: float = 0.012) -> np.ndarray:
   """Cumulative product of 1 - beta [num_steps] of the scaled-linear schedule."""
   return _cumprod(sd_betas(num_steps, beta_start, beta_end))
 
 
-def ddpm_linear_alphas_cumprod(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+def ddpm_linear_alphas_cumprod(num_steps: int = 1000, beta_start: float = 1e-4,
+                               beta_end: float = 0.02) -> np.ndarray:
   """DDPM's linear betas (arXiv 2006.11239) as cumulative alphas [num_steps]."""
   return _cumprod(_linspace(beta_start, beta_end, num_steps))
 

@@ -40,7 +40,8 @@ def score_images(x: Array, x0: Array, sigma: Array, images: int = 10, density_fl
   sigma = expand(sigma, x)[..., None]
   shifts = 2.0 * jnp.arange(-images, images + 1, dtype=x.dtype)
   shifts = shifts.reshape((1,) * x.ndim + (-1,))
-  offsets = jnp.concatenate([x[..., None] - x0[..., None] - shifts, x[..., None] + x0[..., None] - shifts], -1)
+  x, x0 = x[..., None], x0[..., None]
+  offsets = jnp.concatenate([x - x0 - shifts, x + x0 - shifts], -1)
   log_terms = -0.5 * (offsets / sigma) ** 2
   slopes = -offsets / sigma**2
   if density_floor:
@@ -49,7 +50,8 @@ def score_images(x: Array, x0: Array, sigma: Array, images: int = 10, density_fl
   return jnp.sum(slopes * jax.nn.softmax(log_terms, -1), -1)
 
 
-def score_eigenfunctions(x: Array, x0: Array, sigma: Array, terms: int = 20, density_floor: float = 0.0) -> Array:
+def score_eigenfunctions(x: Array, x0: Array, sigma: Array, terms: int = 20,
+                         density_floor: float = 0.0) -> Array:
   """d/dx log p(x | x0) on [0, 1] by the cosine series; see `score_images` for the arguments."""
   n = jnp.arange(1, terms + 1, dtype=x.dtype).reshape((1,) * x.ndim + (-1,)) * jnp.pi
   tau = 0.5 * expand(sigma, x)[..., None] ** 2
