@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.registry import unknown
@@ -141,6 +142,8 @@ class Checkpoints:
       return
     (step, thread, errors), self._saving = self._saving, None
     thread.join()
+    if jax.process_count() > 1:  # the first process seals and renames; nobody looks before that
+      multihost_utils.sync_global_devices(f"checkpoint {step}")
     if errors:
       raise self._failed(step, errors[0]) from errors[0]
     self._own.add(step)
