@@ -35,7 +35,8 @@ def common() -> ConfigDict:
       path="",  # a run directory, a checkpoint, or a .safetensors file
       ema="0.999",  # which average of a run's student is the teacher; "raw" is none
       channels=0, channel_mult=(), num_res_blocks=0,  # where it differs from `model`; 0, () is the same
-      guidance_scale=1.0))  # u + g (c - u); 1 is the conditional model itself
+      guidance_scale=1.0,  # u + g (c - u); 1 is the conditional model itself
+      folded_guidance_scale=0.0))  # what a distilled teacher has in it already (set by stages); 0 is none
 
   # Where training states come from (DDIL). A base method is forward = 1.
   config.states = ConfigDict(dict(

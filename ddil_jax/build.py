@@ -279,10 +279,11 @@ def samplers(config: ConfigDict, built: Built, steps: int | None = None) -> list
   reads_scale = bool(getattr(config.objective, "guidance_range", ()))
   if len(scales) > 1 and not reads_scale and built.objective.name != "denoising":
     raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has one scale folded in")
-  return [_sampler(built, n, float(g), reads_scale) for n in dict.fromkeys(counts) for g in scales]
+  folded = config.teacher.folded_guidance_scale
+  return [_sampler(built, n, float(g), reads_scale, folded) for n in dict.fromkeys(counts) for g in scales]
 
 
-def _sampler(built: Built, steps: int, guidance_scale: float, reads_scale: bool) -> Sampler:
+def _sampler(built: Built, steps: int, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
   objective, parts = built.objective, built.parts
   grid = _sampler_grid(built, steps)
   is_teacher = objective.name == "denoising"
@@ -302,7 +303,7 @@ def _sampler(built: Built, steps: int, guidance_scale: float, reads_scale: bool)
     return rollout(policy(params), x_T, grid, condition(cond), keys)
 
   calls = steps * (2 if is_teacher and guidance_scale != 1 else 1)
-  return Sampler(steps, guidance_scale, calls, grid, policy, condition, sample)
+  return Sampler(steps, folded or guidance_scale, calls, grid, policy, condition, sample)
 
 
 def _sampler_grid(built: Built, steps: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ddil_jax import config as config_lib
 from ddil_jax.data import pipeline
 from ddil_jax.diffusion.process import add_noise
 from ddil_jax.diffusion.rollout import prior, rollout
-from ddil_jax.errors import UsageError
+from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import covariate_shift, features, grids, results, sampling
 from ddil_jax.models import base as models
 from ddil_jax.models.classifier import Classifier
@@ -64,12 +64,12 @@ def _train_stages(config, workdir, teacher, say):
       if i:
         # The guided function belongs to the first teacher; its student has the guidance in it, and
         # was trained at its own times only.
-        stage.teacher.guidance_scale, stage.states.teacher_steps = 1.0, config.train.stages[i - 1]
+        stage.teacher.guidance_scale, stage.teacher.folded_guidance_scale = 1.0, config.teacher.guidance_scale
+        stage.states.teacher_steps = config.train.stages[i - 1]
         stage.teacher.path, stage.teacher.ema = str(workdir / f"stage_{config.train.stages[i - 1]}"), stage.eval.ema
       stage.lock()
       stage_rows = train(stage, workdir / f"stage_{num_steps}", teacher if i == 0 else None, say)
       for row in stage_rows:
-        row["guidance_scale"] = config.teacher.guidance_scale
         row["samples"] = f"stage_{num_steps}/{row['samples']}"
       rows += stage_rows
     workdir_lib.write_json_atomic(workdir / "results.json", rows)
@@ -200,8 +200,10 @@ def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | 
     sample = jax.jit(lambda keys, label, sampler=sampler: sampler.sample(params, keys, {"label": label}))
     images = sampling.sample_images(sample, config.eval.num_samples, built.parts.image_shape, config.eval.seed, labels,
                                     config.eval.batch_size)
+    if not np.isfinite(images).all():
+      raise RunError(f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     values = results.evaluate(images, labels if classes > 1 else None, reference.images, config.eval.reference,
-                              extractor, metrics)
+                              extractor, metrics, cache_dir(config))
     teacher_run = config.objective.name == "denoising"
     row = {"objective": "teacher" if teacher_run else config.objective.name,
            "variant": "" if teacher_run else variant(config), "steps": sampler.steps, "seed": config.seed,
@@ -225,12 +227,17 @@ def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds
   return rows
 
 
+def cache_dir(config) -> pathlib.Path:
+  """Where extractors and reference features are kept: beside the data."""
+  return pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
+
+
 def load_extractor(config, dataset):
   """The small classifier of a data set, trained once and kept beside the data."""
-  cache = pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
-  steps = 10 if config.data.name == "fake" else 600
+  cache = cache_dir(config)
+  options = {"steps": 10} if config.data.name == "fake" else {}
   return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
-                                   dataset.num_classes, cache, f"{dataset.name}-cnn", steps=steps)
+                                   dataset.num_classes, cache, f"{dataset.name}-cnn", **options)
 
 
 def measure_shift(config, built, params, teacher, sampler) -> list[dict]:
@@ -238,7 +245,9 @@ def measure_shift(config, built, params, teacher, sampler) -> list[dict]:
   n, process, data = config.eval.shift_samples, built.parts.process, built.dataset
   rng = np.random.default_rng(config.eval.seed)
   index = rng.permutation(len(data.images))
-  first, second = (np.resize(part, n) for part in np.array_split(index, 2))
+  # Distinct images for the marginal and for its floor: copies would look like a shift.
+  n = min(n, len(index) // 2)
+  first, second = index[:n], index[n:2 * n]
   keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.eval.seed + 1), jnp.arange(n))
   cond = {"label": jnp.asarray(data.labels[first])}
   grid = sampler.grid
