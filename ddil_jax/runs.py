@@ -5,6 +5,7 @@ files, `samples/` and `results.json`. Progressive distillation in stages has one
 per stage below its own.
 """
 
+import functools
 import json
 import pathlib
 import time
@@ -27,7 +28,7 @@ from ddil_jax.training import checkpoint, loop, parallel
 from ddil_jax.training import params as params_lib
 from ddil_jax.training import workdir as workdir_lib
 from ddil_jax.training import logging as log_lib
-from ddil_jax.training.step import init_state, make_train_step
+from ddil_jax.training.step import due_players, init_state, make_train_step
 
 # Fields that may differ when a run is resumed.
 MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep", "train.keep_best",
@@ -122,8 +123,10 @@ def _train(config, workdir, teacher, say):
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
                              config.train.checkpoint_every, config.train.max_bad_steps)
     clock.start(start)
-    state = runner.fetch(loop.run_loop(runner, runner.place(state), runner.place_frozen({"teacher": teacher}), batches,
-                                       root, settings, loop.Hooks(log, save, evaluate_now, dump)))
+    state = loop.run_loop(runner, functools.partial(due_players, built.objective), runner.place(state),
+                          runner.place_frozen({"teacher": teacher}), batches, root, settings,
+                          loop.Hooks(log, save, evaluate_now, dump))
+    state = runner.fetch(state)
     progress.close()
     writer.close()
     seconds = clock.total()

@@ -11,7 +11,7 @@ from ddil_jax.states.mixture import mixture
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source
 from ddil_jax.training.parallel import make_runner
-from ddil_jax.training.step import init_state, make_train_step
+from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import toys
 
 
@@ -53,5 +53,5 @@ def run(objective, distribution, teacher, mode="single", steps=3, batch_size=8, 
   state, frozen, metrics = runner.place(state), runner.place_frozen({"teacher": teacher}), None
   for i in range(first, first + steps):
     batch = runner.place_batch(toys.toy_batch(batch_size, i))
-    state, metrics = runner.step(state, frozen, batch, jax.random.key(seed))
+    state, metrics = runner.step(state, frozen, batch, jax.random.key(seed), due_players(objective, i))
   return runner.fetch(state), metrics

@@ -151,10 +151,10 @@ def test_student_states_correct_covariate_shift():
 
   def label_error_on_own_rollout(distribution):
     optimizers = {"student": optax.adam(5e-2)}
-    step = jax.jit(make_train_step(objective, distribution, optimizers, {}, n))
+    step = jax.jit(make_train_step(objective, distribution, optimizers, {}, n), static_argnums=4)
     state = init_state(objective, distribution, optimizers, {}, jax.random.key(0), teacher_params, batch)
     for _ in range(150):
-      state, _ = step(state, {"teacher": teacher_params}, batch, jax.random.key(1))
+      state, _ = step(state, {"teacher": teacher_params}, batch, jax.random.key(1), ("student",))
     params = state.params["student"]
     policy = solvers.ddim()(p, bind(student, params))
     x_T = prior(p, keys, jnp.zeros((n,) + shape))

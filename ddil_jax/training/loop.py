@@ -42,10 +42,12 @@ class Stopped(Exception):
   """Asked to stop by a signal; the state is saved."""
 
 
-def run_loop(runner: Runner, state, frozen, batches, root: jax.Array, settings: Settings, hooks: Hooks):
+def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, frozen, batches, root: jax.Array,
+             settings: Settings, hooks: Hooks):
   """Trains from state.step to settings.steps and returns the last state, on its devices.
 
   Args:
+    due: step -> names of the players that learn at it.
     state: placed by the runner.
     batches: random access by step.
 
@@ -57,7 +59,7 @@ def run_loop(runner: Runner, state, frozen, batches, root: jax.Array, settings: 
   bad_check = min(settings.log_every, settings.max_bad_steps)
   with _stop_requests() as stop:
     for step in range(int(runner.fetch(state).step), settings.steps):
-      state, metrics = runner.step(state, frozen, runner.place_batch(batches[step]), root)
+      state, metrics = runner.step(state, frozen, runner.place_batch(batches[step]), root, due(step))
       pending.append(metrics)
       done = step + 1
       last = done == settings.steps
@@ -68,8 +70,8 @@ def run_loop(runner: Runner, state, frozen, batches, root: jax.Array, settings: 
         pending = []
       if settings.eval_every and done % settings.eval_every == 0 and not last:
         hooks.evaluate(done, runner.fetch(state))
-      due = settings.checkpoint_every and done % settings.checkpoint_every == 0
-      if last or due or stop.is_set():
+      save_now = settings.checkpoint_every and done % settings.checkpoint_every == 0
+      if last or save_now or stop.is_set():
         hooks.save(done, runner.fetch(state))
       if stop.is_set() and not last:
         raise Stopped(f"stopped at step {done} of {settings.steps}; the same command continues from there")

@@ -28,7 +28,7 @@ class Runner(NamedTuple):
   Attributes:
     place, fetch: a TrainState in the plain layout (as on one device) to and from the devices.
     place_frozen, place_batch: the same for the frozen parameters and a host batch.
-    step: (state, frozen, batch, key) -> (state, metrics); the state is donated.
+    step: (state, frozen, batch, key, due) -> (state, metrics); the state is donated.
     num_devices: over how many devices the batch is split.
   """
   place: Callable[[TrainState], Any]
@@ -58,7 +58,7 @@ def make_runner(mode: str, make_step: Callable[[str | None], Callable], batch_si
 
 def _single(make_step, devices) -> Runner:
   put = lambda tree: jax.device_put(tree, devices[0])  # noqa: E731
-  return Runner(put, lambda s: s, put, put, jax.jit(make_step(None), donate_argnums=0), 1)
+  return Runner(put, lambda s: s, put, put, jax.jit(make_step(None), donate_argnums=0, static_argnums=4), 1)
 
 
 def _mesh(make_step, devices) -> Runner:
@@ -74,7 +74,7 @@ def _mesh(make_step, devices) -> Runner:
       fetch=lambda state: state,
       place_frozen=lambda tree: jax.device_put(tree, whole),
       place_batch=lambda batch: jax.device_put(batch, split),
-      step=jax.jit(make_step(None), donate_argnums=0), num_devices=len(devices))
+      step=jax.jit(make_step(None), donate_argnums=0, static_argnums=4), num_devices=len(devices))
 
 
 def _pmap(make_step, devices) -> Runner:
@@ -91,10 +91,11 @@ def _pmap(make_step, devices) -> Runner:
     join = lambda v: v.reshape((-1,) + v.shape[2:]) if v.ndim > 1 else v[0]  # noqa: E731
     return whole._replace(dist=jax.tree.map(join, state.dist))
 
-  step = jax.pmap(make_step(AXIS), AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0)
+  step = jax.pmap(make_step(AXIS), AXIS, in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0,
+                  static_broadcasted_argnums=4)
 
-  def run(state, frozen, batch, key):
-    state, metrics = step(state, frozen, batch, key)
+  def run(state, frozen, batch, key, due):
+    state, metrics = step(state, frozen, batch, key, due)
     return state, jax.tree.map(lambda v: v[0], metrics)
 
   return Runner(place, fetch, lambda tree: jax.tree.map(repeat, tree),

@@ -35,6 +35,11 @@ class TrainState(NamedTuple):
   bad_steps: Array
 
 
+def due_players(objective: Objective, step: int) -> tuple[str, ...]:
+  """Names of the players that are updated at a step."""
+  return tuple(player.name for player in objective.players if step % player.period == 0)
+
+
 class Mean(NamedTuple):
   """A metric as (sum, count), so that means over steps, devices and sources add up; count 0: none."""
   total: Array
@@ -67,7 +72,7 @@ def _context(step, root, batch, student, teacher, batch_size) -> Context:
 
 def make_train_step(objective: Objective, distribution: StateDistribution, optimizers, ema_decays: Mapping[str, float],
                     batch_size: int, rollout_params: str = "raw", axis_name: str | None = None):
-  """Builds `(state, frozen, batch, root_key) -> (state, {name: Mean})`.
+  """Builds `(state, frozen, batch, root_key, due) -> (state, {name: Mean})`.
 
   Args:
     objective, distribution: what is learned, and on which states.
@@ -78,12 +83,14 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
     axis_name: the mapped axis under pmap; None under jit, where arrays are global.
 
   `frozen` is {"teacher": params}: an argument, since what is closed over becomes constants of the
-  compiled program.
+  compiled program. `due`, the names of the players that learn at this step (`due_players`), is
+  static: one compiled program for each set. A `lax.cond` would do, but convolution gradients inside
+  one run 25 times slower on CPU.
   """
   average = (lambda tree: jax.lax.pmean(tree, axis_name)) if axis_name else (lambda tree: tree)
   add_up = (lambda tree: jax.lax.psum(tree, axis_name)) if axis_name else (lambda tree: tree)
 
-  def train_step(state: TrainState, frozen, batch, root: Array):
+  def train_step(state: TrainState, frozen, batch, root: Array, due: tuple[str, ...]):
     teacher = frozen["teacher"]
     actor = state.params["student"] if rollout_params == "raw" else state.ema[rollout_params]
     ctx = _context(state.step, root, batch, actor, teacher, batch_size)
@@ -95,15 +102,12 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
     all_finite = jnp.array(True)
     for player in objective.players:
       name = player.name
+      if name not in due:
+        continue
       averages = ema if name == "student" else {}
-      update = lambda own: _update(player, optimizers[name], ema_decays, view, states, batch, ctx.keys,  # noqa: E731
-                                   average, add_up, own)
       own = (params[name], opt[name], averages)
-      if player.period == 1:
-        own, finite, player_metrics = update(own)
-      else:
-        skip = lambda own: (own, jnp.array(True), _no_metrics(update, own))  # noqa: E731
-        own, finite, player_metrics = jax.lax.cond(state.step % player.period == 0, update, skip, own)
+      own, finite, player_metrics = _update(player, optimizers[name], ema_decays, view, states, batch, ctx.keys,
+                                            average, add_up, own)
       params[name], opt[name], averages = own
       ema.update(averages)
       all_finite &= finite
@@ -151,7 +155,3 @@ def _metrics(name, loss, extra, source, norm, finite, add_up) -> dict[str, Mean]
   out[f"{name}/grad_norm"] = Mean(jnp.where(finite, norm, 0), finite.astype(jnp.float32))
   return out
 
-
-def _no_metrics(update, own):
-  shapes = jax.eval_shape(update, own)[2]
-  return jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), shapes)

@@ -11,7 +11,7 @@ from ddil_jax import registry
 from ddil_jax.diffusion import process, transforms
 from ddil_jax.objectives.base import View
 from ddil_jax.states.base import Context
-from ddil_jax.training.step import init_state, make_train_step
+from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import building, toys
 
 # Small settings of each method; a new method in the folder is tested with its defaults.
@@ -85,7 +85,8 @@ def test_teacher_is_an_argument(name):
   step = make_train_step(objective, distribution, optimizers, targets, 4)
   batch = toys.toy_batch(4)
   state = init_state(objective, distribution, optimizers, targets, jax.random.key(0), teacher, batch)
-  jaxpr = jax.make_jaxpr(step)(state, {"teacher": teacher}, batch, jax.random.key(1))
+  jaxpr = jax.make_jaxpr(step, static_argnums=4)(state, {"teacher": teacher}, batch, jax.random.key(1),
+                                                 due_players(objective, 0))
   constants = sum(np.asarray(c).nbytes for c in jaxpr.consts)
   assert constants < 16 * 1024  # time grids and tables
 
