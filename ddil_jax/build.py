@@ -21,6 +21,7 @@ from ddil_jax.diffusion import grids, prediction, process, solvers, transforms
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
+from ddil_jax.evaluation.results import METRICS
 from ddil_jax.models import base as models
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import UNet
@@ -34,6 +35,7 @@ from ddil_jax.states.rollouts import rollout_source, states_per_rollout
 from ddil_jax.training import optim
 from ddil_jax.types import Array, Cond, Denoiser, Params
 
+DTYPES = ("float32", "bfloat16", "float16")
 PROCESSES = {"cosine": process.cosine, "linear": process.linear, "stable_diffusion": process.stable_diffusion,
              "edm": process.edm, "flow": process.flow}
 
@@ -64,6 +66,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
   Raises:
     UsageError: any value that does not fit, in one line.
   """
+  check_numbers(config)
   dataset = dataset or load_data(config, "train")
   parts, init_teacher = make_parts(config, dataset)
   objective = make_objective(config, parts)
@@ -73,10 +76,50 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
     raise UsageError(registry.unknown("states.rollout_params", config.states.rollout_params, ["raw", *decays]))
   if config.eval.ema != "raw" and config.eval.ema not in decays:
     raise UsageError(registry.unknown("eval.ema", config.eval.ema, ["raw", *decays]))
-  for what in ("steps", "batch_size", "log_every", "max_bad_steps"):
-    if config.train[what] < 1:
-      raise UsageError(f"config.train.{what}={config.train[what]}: at least 1 is needed")
-  return Built(parts, objective, distribution, make_optimizers(config, objective), decays, init_teacher, dataset)
+  built = Built(parts, objective, distribution, make_optimizers(config, objective), decays, init_teacher, dataset)
+  check_evaluation(config, built)
+  return built
+
+
+# (field, smallest value); those of `objective` where the method has them.
+_AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1), ("train.max_bad_steps", 1),
+             ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
+             ("model.channels", 1), ("model.num_res_blocks", 1), ("model.num_heads", 1),
+             ("model.guidance_embedding", 0), ("model.dropout", 0), ("teacher.channels", 0),
+             ("teacher.num_res_blocks", 0), ("optimizer.learning_rate", 0), ("optimizer.critic_learning_rate", 0),
+             ("optimizer.warmup_steps", 0), ("optimizer.clip", 0), ("states.dagger_probability", 0),
+             ("eval.num_samples", 6), ("eval.batch_size", 1), ("eval.shift_samples", 0),
+             ("objective.num_steps", 1), ("objective.sampler_steps", 1), ("objective.num_scales", 1))
+
+
+def check_numbers(config: ConfigDict) -> None:
+  """Raises UsageError for a number that is out of range."""
+  for field, least in _AT_LEAST:
+    group, name = field.split(".")
+    if name in config[group] and not config[group][name] >= least:
+      raise UsageError(f"config.{field}={config[group][name]}: at least {least} is needed")
+  for field, bound in (("states.dagger_probability", 1), ("model.dropout", 0.999)):
+    group, name = field.split(".")
+    if config[group][name] > bound:
+      raise UsageError(f"config.{field}={config[group][name]}: at most {bound} is possible")
+  for group in ("model", "teacher"):
+    mult = config[group].channel_mult
+    if any(m < 1 for m in mult) or group == "model" and not mult:
+      raise UsageError(f"config.{group}.channel_mult={mult}: a width of at least 1 for each level is needed")
+  if config.model.dtype not in DTYPES:
+    raise UsageError(registry.unknown("model.dtype", config.model.dtype, DTYPES))
+  if config.train.keep_best and not config.train.eval_every:
+    raise UsageError("config.train.keep_best needs evaluations to judge by: set config.train.eval_every")
+
+
+def check_evaluation(config: ConfigDict, built: Built) -> None:
+  """Raises UsageError for what would stop the evaluation, which comes after all the training."""
+  samplers(config, built)
+  for metric in config.eval.metrics:
+    if metric not in METRICS:
+      raise UsageError(registry.unknown("metric in config.eval.metrics", metric, METRICS))
+  if config.eval.reference not in pipeline.SPLITS:
+    raise UsageError(registry.unknown("split config.eval.reference", config.eval.reference, pipeline.SPLITS))
 
 
 def decay_name(decay: float) -> str:
@@ -148,7 +191,11 @@ def make_network(model: dict, image_shape, num_classes: int, prediction_) -> mod
 def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:
   """The config's time grid of n steps."""
   options = {k: v for k, v in dict(config.grid).items() if k != "name"}
-  return grids.check_grid(grids.make(config.grid.name, n, process_, **options))
+  try:
+    return grids.check_grid(grids.make(config.grid.name, n, process_, **options))
+  except TypeError:
+    raise UsageError(f"grid '{config.grid.name}' does not take the fields {', '.join(options)}"
+                     " of config.grid") from None
 
 
 def make_reflection(config: ConfigDict) -> Callable[[str], transforms.Transform]:
@@ -169,6 +216,10 @@ def make_objective(config: ConfigDict, parts: Parts) -> Objective:
     if field not in known:
       raise UsageError(registry.unknown(f"option of objective {config.objective.name}:", field, known))
   objective = make(parts, **options)
+  trained = len(objective.grid) - 1
+  if len(objective.sampler_grid) - 1 > trained and not objective.needs_x0:
+    raise UsageError(f"config.objective.sampler_steps={options['sampler_steps']}: this student is trained at {trained}"
+                     " times and cannot take more steps")
   if getattr(config.objective, "guidance_range", ()) and not config.model.guidance_embedding:
     raise UsageError("config.objective.guidance_range is given, so the student needs"
                      " config.model.guidance_embedding > 0 (a dimension such as 32)")
@@ -308,8 +359,8 @@ def _sampler(built: Built, steps: int, guidance_scale: float, reads_scale: bool,
 
 def _sampler_grid(built: Built, steps: int) -> np.ndarray:
   objective = built.objective
-  if steps < 1:
-    raise UsageError(f"{steps} sampling steps; at least 1 is needed")
+  if steps < 1 or steps != int(steps):
+    raise UsageError(f"{steps} sampling steps; at least 1, and a whole number, is needed")
   if objective.name == "denoising":
     return built.parts.make_grid(steps)
   trained = len(objective.grid) - 1

@@ -21,7 +21,15 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> ConfigDict:
   Raises:
     UsageError: no such file, argument or field, or a value of a wrong type.
   """
-  config = module(spec).get_config(spec.partition(":")[2] or None)
+  loaded = module(spec)
+  try:
+    config = loaded.get_config(spec.partition(":")[2] or None)
+  except UsageError:
+    raise
+  except Exception as error:  # as in `module`: the user's file
+    raise UsageError(f"config file {loaded.__file__}: get_config fails: {type(error).__name__}: {error}") from error
+  if not isinstance(config, ConfigDict):
+    raise UsageError(f"config file {loaded.__file__}: get_config gives {type(config).__name__}, not a ConfigDict")
   for field, text in (overrides or {}).items():
     override(config, field, text)
   config.lock()
@@ -105,6 +113,20 @@ def _parse(field, text, old):
     value = tuple(value) if isinstance(value, list) else (value,) if not isinstance(value, str) else value
   if type(value) is not type(old) and not priors:
     raise UsageError(f"config.{field}={text}: {type(old).__name__} expected, such as {old!r}, not {type(value).__name__}")
+  if isinstance(value, tuple) and not priors:
+    value = _elements(field, text, value, old)
+  return value
+
+
+def _elements(field, text, value, old):
+  """A tuple with elements like those of the default; of numbers where the default is empty."""
+  kind = (str,) if any(isinstance(v, str) for v in old) else (int, float)
+  whole = bool(old) and all(isinstance(v, int) for v in old)
+  value = tuple(int(v) if whole and isinstance(v, float) and v.is_integer() else v for v in value)
+  for v in value:
+    if not isinstance(v, kind) or isinstance(v, bool) or (whole and not isinstance(v, int)):
+      expected = "texts" if kind == (str,) else "whole numbers" if whole else "numbers"
+      raise UsageError(f"config.{field}={text}: a tuple of {expected} expected, such as {old!r}; {v!r} is none")
   return value
 
 

@@ -21,10 +21,17 @@ A second `train` in the same work directory continues the run. Any config field 
 """
 
 
+class _Parser(argparse.ArgumentParser):
+  """Mistakes are errors of ours, in one line, instead of a page of usage."""
+
+  def error(self, message):
+    raise UsageError(f"{message}; `{self.prog} --help` shows what there is")
+
+
 def parser() -> argparse.ArgumentParser:
   """The command line's grammar."""
-  top = argparse.ArgumentParser(prog="ddil", description="Diffusion distillation with imitation learning, in JAX.",
-                                epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+  top = _Parser(prog="ddil", description="Diffusion distillation with imitation learning, in JAX.",
+                epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
   def command(name, text, config=True):
@@ -51,30 +58,32 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
   """Runs a command and returns the exit code."""
-  args, rest = parser().parse_known_args(argv)
   try:
-    return _run(args, _overrides(rest))
+    args, rest = parser().parse_known_args(argv)
+    return _run(args, _overrides(rest, args.command))
   except UsageError as error:
-    print(f"ddil: {error}", file=sys.stderr)
-    return EXIT_USAGE
+    return _fail(EXIT_USAGE, error)
   except RunError as error:
-    print(f"ddil: run failed: {error}", file=sys.stderr)
-    return EXIT_FAILED
+    return _fail(EXIT_FAILED, f"run failed: {error}")
   except OSError as error:
     # No space, no permission: the run can be continued once that is mended.
-    print(f"ddil: run failed: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
-    return EXIT_FAILED
+    return _fail(EXIT_FAILED, f"run failed: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
   except KeyboardInterrupt:
-    print("ddil: stopped; the same command continues from the last checkpoint", file=sys.stderr)
-    return EXIT_STOPPED
+    return _fail(EXIT_STOPPED, "stopped; the same command continues from the last checkpoint")
 
 
-def _overrides(rest: list[str]) -> dict[str, str]:
+def _fail(code: int, message) -> int:
+  """Says why in one line, whatever the message holds."""
+  print(f"ddil: {' '.join(str(message).split())}", file=sys.stderr)
+  return code
+
+
+def _overrides(rest: list[str], command: str) -> dict[str, str]:
   overrides = {}
   words = iter(rest)
   for word in words:
-    if not word.startswith("--config."):
-      raise UsageError(f"unknown argument '{word}'; `ddil --help` shows what there is")
+    if not word.startswith("--config.") or command in ("report", "list"):
+      raise UsageError(f"unknown argument '{word}'; `ddil {command} --help` shows what there is")
     field, equals, value = word.removeprefix("--config.").partition("=")
     value = value if equals else next(words, None)
     if value is None:
@@ -116,8 +125,7 @@ def _run(args, overrides) -> int:
       print(f"wrote {runs.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
       return 0
   except Stopped as stopped:
-    print(f"ddil: {stopped}", file=sys.stderr)
-    return EXIT_STOPPED
+    return _fail(EXIT_STOPPED, stopped)
   from ddil_jax.evaluation import report
   print(report.terminal_table(rows))
   return 0

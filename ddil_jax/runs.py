@@ -5,10 +5,12 @@ files, `samples/` and `results.json`. Progressive distillation in stages has one
 per stage below its own.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,70 +52,121 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=pri
   workdir = pathlib.Path(workdir)
   if config.train.stages:
     return _train_stages(config, workdir, teacher, say)
-  with workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=MAY_CHANGE):
-    return _train(config, workdir, teacher, say)
+  return _train_one(config, workdir, functools.partial(_fit_together, config, teacher, say), MAY_CHANGE, say)
+
+
+def _train_one(config, workdir, fit_together, may_change, say):
+  # A new folder is claimed when all parts are known to fit: a mistake must not leave a config there
+  # from which the corrected command then differs. An old one is compared first, since that is quick.
+  setup = None if (workdir / "config.json").exists() else fit_together()
+  with _claim(config, workdir, may_change, say):
+    return _train(config, workdir, setup or fit_together(), say)
+
+
+def _claim(config, workdir, may_change, say):
+  claimed = workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=may_change)
+  if claimed.new_versions:
+    changes = "; ".join(f"{name} {then} -> {now}" for name, (then, now) in claimed.new_versions.items())
+    say(f"other versions than at the start of this run, results need not be the same to the bit: {changes}")
+  return claimed
 
 
 def _train_stages(config, workdir, teacher, say):
   """Runs the stages one after the other: each student is the next teacher, with fresh optimizers."""
+  stages = _stage_configs(config, workdir)
+  first = _fit_together(stages[0], teacher, say)
+  for stage in stages[1:]:
+    build_lib.build(stage, first.built.dataset)
   rows = []
-  with workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=MAY_CHANGE):
-    for i, num_steps in enumerate(config.train.stages):
-      stage = config.copy_and_resolve_references()
-      stage.unlock()
-      stage.objective.num_steps, stage.train.stages = num_steps, ()
-      if i:
-        # The guided function belongs to the first teacher; its student has the guidance in it, and
-        # was trained at its own times only.
-        stage.teacher.guidance_scale, stage.teacher.folded_guidance_scale = 1.0, config.teacher.guidance_scale
-        stage.states.teacher_steps = config.train.stages[i - 1]
-        stage.teacher.path, stage.teacher.ema = str(workdir / f"stage_{config.train.stages[i - 1]}"), stage.eval.ema
-      stage.lock()
-      stage_rows = train(stage, workdir / f"stage_{num_steps}", teacher if i == 0 else None, say)
-      for row in stage_rows:
-        row["samples"] = f"stage_{num_steps}/{row['samples']}"
-      rows += stage_rows
+  with _claim(config, workdir, MAY_CHANGE, say):
+    for i, stage in enumerate(stages):
+      # The folder may be named in another way, or moved.
+      may_change = MAY_CHANGE + (("teacher.path",) if i else ())
+      fit_together = functools.partial(_fit_together, stage, None, say) if i else lambda: first
+      name = f"stage_{stage.objective.num_steps}"
+      stage_rows = _train_one(stage, workdir / name, fit_together, may_change, say)
+      rows += [row | {"samples": f"{name}/{row['samples']}"} for row in stage_rows]
     workdir_lib.write_json_atomic(workdir / "results.json", rows)
   return rows
 
 
-def _train(config, workdir, teacher, say):
+def _stage_configs(config, workdir) -> list[ConfigDict]:
+  steps = config.train.stages
+  if "num_steps" not in config.objective:
+    raise UsageError(f"config.train.stages={steps}: objective '{config.objective.name}' has no num_steps; set it to ()")
+  if any(n < 1 or n != int(n) for n in steps) or any(a <= b for a, b in zip(steps, steps[1:])):
+    raise UsageError(f"config.train.stages={steps}: step counts of at least 1, each below the one before, are needed")
+  stages = []
+  for i, num_steps in enumerate(steps):
+    stage = config.copy_and_resolve_references()
+    stage.unlock()
+    stage.objective.num_steps, stage.train.stages = num_steps, ()
+    if i:
+      # The guided function belongs to the first teacher; its student has the guidance in it, and
+      # was trained at its own times only.
+      stage.teacher.guidance_scale, stage.teacher.folded_guidance_scale = 1.0, config.teacher.guidance_scale
+      stage.states.teacher_steps = steps[i - 1]
+      stage.teacher.path, stage.teacher.ema = str(workdir / f"stage_{steps[i - 1]}"), stage.eval.ema
+    stages.append(stage.lock())
+  return stages
+
+
+class _Setup(NamedTuple):
+  """Parts that were seen to fit together."""
+  built: build_lib.Built
+  teacher: Any
+  batches: pipeline.Batches
+  runner: parallel.Runner
+
+
+def _fit_together(config, teacher, say) -> _Setup:
+  """Everything that can find a mistake of the user, before anything is written."""
   built = build_lib.build(config)
   say(pipeline.preflight(built.dataset)["summary"])
   teacher = load_teacher(config, built) if teacher is None else teacher
   batches = pipeline.batches(built.dataset, config.train.batch_size, config.seed, config.data.flip)
-  root = jax.random.key(config.seed)
 
   def make_step(axis_name):
     return make_train_step(built.objective, built.distribution, built.optimizers, built.ema_decays,
                            config.train.batch_size, config.states.rollout_params, axis_name)
 
   runner = parallel.make_runner(config.train.parallel, make_step, config.train.batch_size)
+  jax.eval_shape(built.objective.init, jax.random.key(config.seed), teacher)
+  return _Setup(built, teacher, batches, runner)
+
+
+def _train(config, workdir, setup, say):
+  built, teacher, batches, runner = setup
+  root = jax.random.key(config.seed)
   fresh = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, root, teacher,
                      jax.tree.map(jnp.asarray, batches[0]))
   say(f"{config.objective.name}: {models.count_params(fresh.params['student']):,} parameters in the student, "
       f"states from {', '.join(built.distribution.sources)}, {runner.num_devices} device(s)")
 
-  with checkpoint.Checkpoints(workdir / "checkpoints", keep=config.train.keep, keep_best=config.train.keep_best,
-                              best_metric="fd") as checkpoints:
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(
+        workdir / workdir_lib.CHECKPOINTS, keep=config.train.keep, keep_best=config.train.keep_best, best_metric="fd"))
     restored = checkpoints.restore(fresh)
     state, meta, start = restored if restored else (fresh, {"seconds": 0.0}, 0)
     if restored:
       say(f"continuing from step {start} of {config.train.steps}")
-    writer = log_lib.MetricWriter(workdir, start)
-    progress = log_lib.Progress(config.train.steps, workdir.name)
+    writer = stack.enter_context(log_lib.MetricWriter(workdir, start))
+    progress = stack.enter_context(log_lib.Progress(config.train.steps, workdir.name))
     clock = _Clock(meta["seconds"])
 
     def log(step, metrics):
       progress.update(step, **({"loss": metrics["student/loss"]} if "student/loss" in metrics else {}))
       writer.write(step, metrics | {"steps_per_second": clock.rate(step)})
 
-    def save(step, state):
-      checkpoints.save(step, state, {"seconds": clock.total()})
+    def save(step, state, metrics):
+      weights = "params/student" if config.eval.ema == "raw" else f"ema/{config.eval.ema}"
+      checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights}, metrics)
 
     def evaluate_now(step, state):
       rows = evaluate_params(config, built, student_params(state, config.eval.ema), teacher, shift=False)
-      writer.write(step, {f"eval/{k}": v for row in rows[:1] for k, v in row["metrics"].items()})
+      metrics = rows[0]["metrics"]  # of the first sampler, the student as it was trained
+      writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+      return {name.partition("@")[0]: value for name, value in metrics.items()}
 
     def dump(step, state):
       path = workdir / f"dump-{step}.safetensors"
@@ -127,8 +180,6 @@ def _train(config, workdir, teacher, say):
                           runner.place_frozen({"teacher": teacher}), batches, root, settings,
                           loop.Hooks(log, save, evaluate_now, dump))
     state = runner.fetch(state)
-    progress.close()
-    writer.close()
     seconds = clock.total()
   return write_results(config, built, student_params(state, config.eval.ema), teacher, workdir, seconds)
 
@@ -200,8 +251,7 @@ def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | 
   labels = sampling.balanced_labels(config.eval.num_samples, classes)
   rows = []
   for sampler in build_lib.samplers(config, built):
-    sample = jax.jit(lambda keys, label, sampler=sampler: sampler.sample(params, keys, {"label": label}))
-    images = sampling.sample_images(sample, config.eval.num_samples, built.parts.image_shape, config.eval.seed, labels,
+    images = sampling.sample_images(_draw_with(sampler, params), config.eval.num_samples, built.parts.image_shape, config.eval.seed, labels,
                                     config.eval.batch_size)
     if not np.isfinite(images).all():
       raise RunError(f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
@@ -221,6 +271,12 @@ def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | 
       row["samples"] = f"{samples_dir.name}/{name}"
     rows.append(row)
   return rows
+
+
+def _draw_with(sampler: build_lib.Sampler, params):
+  """(keys, labels) -> images; parameters are an argument of the compiled program, so that it is one for all runs."""
+  draw = jax.jit(lambda params, keys, label: sampler.sample(params, keys, {"label": label}))
+  return functools.partial(draw, params)
 
 
 def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds: float) -> list[dict]:
@@ -263,7 +319,7 @@ def measure_shift(config, built, params, teacher, sampler) -> list[dict]:
     x_T = prior(process, keys, jnp.zeros((n,) + built.parts.image_shape))
     walk = build_lib.teacher_policy(built, teacher)
     return (rollout(sampler.policy(params), x_T, grid, sampler.condition(cond), keys, path=True),
-            rollout(walk, x_T, fine, cond, keys, path=True)[jnp.asarray(at)])
+            rollout(walk, x_T, fine, sampler.condition(cond), keys, path=True)[jnp.asarray(at)])
 
   student_path, teacher_path = jax.device_get(jax.jit(paths)(params, teacher, keys, cond))
 
@@ -280,10 +336,22 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list
   """Evaluates the newest checkpoint of a run and rewrites its results."""
   workdir = pathlib.Path(workdir)
   built = build_lib.build(config)
-  params, meta, _ = _load_student(workdir, config.eval.ema)
+  params, meta = _trained(config, built, workdir)
   say(f"evaluating {workdir} with {config.eval.num_samples} samples")
-  return write_results(config, built, jax.tree.map(jnp.asarray, params), load_teacher(config, built), workdir,
-                       meta.get("seconds", 0.0))
+  return write_results(config, built, params, load_teacher(config, built), workdir, meta.get("seconds", 0.0))
+
+
+def _trained(config, built, workdir):
+  """The student of a run and the checkpoint's meta. Raises UsageError if it does not fit the config."""
+  if not pathlib.Path(workdir).is_dir():
+    raise UsageError(f"{workdir} is no run directory; train a run there first")
+  if config.train.stages:
+    folders = ", ".join(f"{workdir}/stage_{n}" for n in config.train.stages)
+    raise UsageError(f"{workdir} is a run in stages; give one of {folders}")
+  params, meta, origin = _load_student(workdir, config.eval.ema)
+  shapes = jax.eval_shape(lambda key: built.parts.init_student(key, ()), jax.random.key(0))
+  params_lib.require_like(params, shapes, f"checkpoint {origin}")
+  return jax.tree.map(jnp.asarray, params), meta
 
 
 def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, seed: int, out: str | pathlib.Path,
@@ -293,12 +361,13 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   Raises:
     UsageError: fewer than 1 sample or step.
   """
+  if num_samples < 1:
+    raise UsageError(f"--num_samples={num_samples}: at least 1 is needed")
   built = build_lib.build(config)
-  params = _load_student(workdir, config.eval.ema).params
+  params, _ = _trained(config, built, workdir)
   chosen = build_lib.samplers(config, built, steps)[0]
   labels = sampling.balanced_labels(num_samples, built.dataset.num_classes)
-  draw = jax.jit(lambda keys, label: chosen.sample(params, keys, {"label": label}))
-  images = sampling.sample_images(draw, num_samples, built.parts.image_shape, seed, labels,
+  images = sampling.sample_images(_draw_with(chosen, params), num_samples, built.parts.image_shape, seed, labels,
                                   min(num_samples, config.eval.batch_size))
   grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
   return pathlib.Path(out)
@@ -309,7 +378,9 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
   path = pathlib.Path(workdir) / "config.json"
   try:
     return config_lib.from_dict(json.loads(path.read_text()))
-  except FileNotFoundError:
-    raise UsageError(f"{workdir} is no run directory: it has no config.json") from None
+  except (FileNotFoundError, NotADirectoryError):
+    raise UsageError(f"{workdir} is no run directory: it has no config.json; train a run there first") from None
+  except OSError as error:
+    raise UsageError(f"cannot read {path}: {error.strerror}") from None
   except json.JSONDecodeError as error:
     raise UsageError(f"{path} is not valid JSON: {error}") from None

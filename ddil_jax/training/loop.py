@@ -28,13 +28,13 @@ class Hooks(NamedTuple):
 
   Attributes:
     log: (step, {name: value}).
-    save: (step, state in the plain layout).
-    evaluate: (step, state in the plain layout).
+    save: (step, state in the plain layout, its metrics).
+    evaluate: (step, state in the plain layout) -> its metrics.
     dump: (step, state) -> where the state of a failed run was written.
   """
   log: Callable[[int, dict[str, float]], None]
-  save: Callable[[int, TrainState], None]
-  evaluate: Callable[[int, TrainState], None]
+  save: Callable[[int, TrainState, dict[str, float]], None]
+  evaluate: Callable[[int, TrainState], dict[str, float]]
   dump: Callable[[int, TrainState], str]
 
 
@@ -68,11 +68,13 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
       if last or done % settings.log_every == 0:
         hooks.log(done, summarise(pending))
         pending = []
+      measured = {}
       if settings.eval_every and done % settings.eval_every == 0 and not last:
-        hooks.evaluate(done, runner.fetch(state))
+        measured = hooks.evaluate(done, runner.fetch(state))
       save_now = settings.checkpoint_every and done % settings.checkpoint_every == 0
-      if last or save_now or stop.is_set():
-        hooks.save(done, runner.fetch(state))
+      # What was measured is saved: it may be the best.
+      if last or save_now or measured or stop.is_set():
+        hooks.save(done, runner.fetch(state), measured)
       if stop.is_set() and not last:
         raise Stopped(f"stopped at step {done} of {settings.steps}; the same command continues from there")
   return state
@@ -98,12 +100,19 @@ def _check_finite(runner, state, step, limit, hooks):
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-  """An event that SIGINT and SIGTERM set, so that a step is finished and saved before the end."""
+  """An event that SIGINT and SIGTERM set, so that a step is finished and saved; a second one ends at once."""
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event
     return
-  old = {s: signal.signal(s, lambda *_: event.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+
+  def request(number, frame):
+    del number, frame
+    if event.is_set():
+      raise KeyboardInterrupt
+    event.set()
+
+  old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
   try:
     yield event
   finally:
