@@ -26,21 +26,31 @@ class Job(NamedTuple):
   overrides: dict[str, str]
 
 
-def jobs(teacher: str, seeds: int, data_dir: str, smoke: bool = False) -> list[Job]:
-  """The demo's students, the most telling first, so that a stopped demo shows something."""
+# The demo's students, the most telling first, so that a stopped demo shows something: name, config,
+# its argument, fields that differ (shorter runs than the configs' own), and the number of seeds.
+FAMILIES = (
+    ("pd", "digits_pd", "", {"train.steps": "150"}, 2),
+    ("lcm", "digits_lcm", "", {"train.steps": "200"}, 2),
+    ("dmd2-4", "digits_dmd2", "", {"train.steps": "400", "optimizer.learning_rate": "4e-4"}, 2),
+    ("pd-guided", "digits_pd", "guided", {"train.steps": "150"}, 2),
+    ("dmd2-2", "digits_dmd2", "two_steps", {"train.steps": "400", "optimizer.learning_rate": "4e-4"}, 1),
+)
+TEACHER = {"train.steps": "1600", "eval.guidance_scales": "(1.0, 3.0)"}
+
+
+def jobs(teacher: str, data_dir: str = "", smoke: bool = False) -> list[Job]:
+  """The students' runs; with `smoke` two steps each, on fake data."""
   common = {"teacher.path": teacher} | ({"data.data_dir": data_dir} if data_dir else {})
-  families = [("pd", "digits_pd", "", {}), ("pd-guided", "digits_pd", "guided", {}), ("lcm", "digits_lcm", "", {}),
-              ("dmd2-4", "digits_dmd2", "", {}), ("dmd2-2", "digits_dmd2", "two_steps", {})]
-  if smoke:
-    common = {}
   out = []
-  for seed in range(seeds):
-    for name, config, arg, overrides in families:
+  for seed in range(max(family[-1] for family in FAMILIES)):
+    for name, config, arg, overrides, seeds in FAMILIES:
+      if seed >= seeds:
+        continue
       for variant in VARIANTS:
         args = ",".join(a for a in (arg, variant, "smoke" if smoke else "") if a)
-        label = "+".join(["base"] if not variant else variant.split(","))
+        label = "+".join(variant.split(",")) if variant else "base"
         out.append(Job(f"{name}-{label}-seed{seed}", f"configs/{config}.py:{args}",
-                       common | overrides | {"seed": str(seed)}))
+                       {"seed": str(seed)} | ({} if smoke else common | overrides)))
   return out
 
 
@@ -67,7 +77,7 @@ def worker(index: int, count: int, todo, finished, workdir: str) -> None:
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
   import jax
   jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).resolve() / ".jax_cache"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
   for job in iter(todo.get, None):
     try:
@@ -125,40 +135,45 @@ def _running(workdir, todo) -> str:
 
 def main(argv: list[str] | None = None) -> int:
   args = argparse.ArgumentParser(prog="launch.demo", description=__doc__.splitlines()[0])
-  args.add_argument("--workdir", default="runs/demo")
-  args.add_argument("--data_dir", default="")
-  args.add_argument("--seeds", type=int, default=2)
-  args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+  args.add_argument("--workdir", default="runs/demo", help="everything of the demo lies here")
+  args.add_argument("--data_dir", default="", help="where the data is prepared (default: $DDIL_DATA or data/)")
+  args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
   args.add_argument("--smoke", action="store_true", help="two steps of everything on fake data")
   args = args.parse_args(argv)
   workdir = pathlib.Path(args.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   began = time.monotonic()
 
-  print(f"DDIL on digits: one teacher, then {len(jobs('', args.seeds, ''))} students, {args.workers} at a time")
-  smoke = ":smoke" if args.smoke else ""
+  students = jobs(str(workdir / "teacher"), args.data_dir, args.smoke)
   data = {"data.data_dir": args.data_dir} if args.data_dir else {}
-  teacher = Job("teacher", f"configs/digits_teacher.py{smoke}", data)
+  teacher = Job("teacher", "configs/digits_teacher.py" + ":smoke" * args.smoke, {} if args.smoke else TEACHER | data)
+  print(f"DDIL on digits: one teacher, then {len(students)} students, {args.workers} at a time; stop it with"
+        " Ctrl-C at any time, the same command continues", flush=True)
   failed = run_all([teacher], workdir, 1)
   if not failed:
-    failed = run_all(jobs(str(workdir / "teacher"), args.seeds, args.data_dir, args.smoke), workdir, args.workers)
+    failed = run_all(students, workdir, args.workers)
 
-  from ddil_jax.evaluation import report
-  folders = [workdir / "teacher"] + [workdir / job.name for job in jobs("", args.seeds, "")]
-  rows = []
-  for folder in folders:
-    if (folder / "results.json").exists():
-      for row in json.loads((folder / "results.json").read_text()):
-        rows.append(row | {"samples": f"{folder.name}/{row['samples']}"})
+  rows = gather([teacher, *students], workdir)
   if rows:
-    (workdir / "results.json").write_text(json.dumps(rows, indent=1))
-    report.write_report([f for f in folders if (f / "results.json").exists()], workdir / "report.html")
-    print(report.terminal_table(rows))
     print(f"report: {workdir / 'report.html'}   rows: {workdir / 'results.json'}   "
           f"({time.monotonic() - began:.0f} s in this sitting)")
   for name, error in failed.items():
     print(f"FAILED {name}: {error} (see {workdir / name / 'log.txt'}; the same command continues)", file=sys.stderr)
   return 1 if failed else 0
+
+
+def gather(done: list[Job], workdir: pathlib.Path) -> list[dict]:
+  """Merges the runs' rows, writes the report, prints the table."""
+  from ddil_jax.evaluation import report
+  from ddil_jax.training.workdir import write_json_atomic
+  folders = [workdir / job.name for job in done if (workdir / job.name / "results.json").exists()]
+  rows = [row | {"samples": f"{folder.name}/{row['samples']}"}
+          for folder in folders for row in json.loads((folder / "results.json").read_text())]
+  if rows:
+    write_json_atomic(workdir / "results.json", rows)
+    report.write_report(folders, workdir / "report.html")
+    print(report.terminal_table(rows))
+  return rows
 
 
 if __name__ == "__main__":

@@ -1,0 +1,314 @@
+"""Overheads and speeds, measured in one run: a rollout beside its forward passes, a DDIL step beside the
+base step, and how fast the demo's networks train and sample.
+
+    python -m launch.bench --out=bench/results.json
+
+Programs that are compared run in turns (A B A B ...), since the speed of a machine drifts; a ratio is the
+median over these pairs. One process, on all cores that it may use.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+  # As in the demo's workers: half the compile time. Read when jax is imported.
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from ddil_jax import build as build_lib  # noqa: E402
+from ddil_jax import config as config_lib  # noqa: E402
+from ddil_jax.data import pipeline  # noqa: E402
+from ddil_jax.data.dataset import Dataset  # noqa: E402
+from ddil_jax.diffusion.rollout import prior, rollout  # noqa: E402
+from ddil_jax.evaluation.sampling import balanced_labels  # noqa: E402
+from ddil_jax.states.replay import Replay  # noqa: E402
+from ddil_jax.states.rollouts import states_per_rollout  # noqa: E402
+from ddil_jax.training import parallel  # noqa: E402
+from ddil_jax.training.logging import versions  # noqa: E402
+from ddil_jax.training.step import due_players, init_state, make_train_step  # noqa: E402
+from ddil_jax.training.workdir import write_json_atomic  # noqa: E402
+
+ROLLOUT_TARGET, DDIL_TARGET = 1.1, 1.25
+# A program runs once and says how many seconds that took.
+Program = Callable[[], float]
+
+
+class Size(NamedTuple):
+  """How much is measured.
+
+  Attributes:
+    repeats: measurements of each program.
+    window: training steps of one measurement: one replay period.
+    inner: rollouts, forward passes and gradients of one measurement.
+    rollouts: step counts K.
+    methods: base methods.
+    arg: argument of every config.
+  """
+  repeats: int = 7
+  window: int = 50
+  inner: int = 10
+  rollouts: tuple[int, ...] = (4, 8)
+  methods: tuple[str, ...] = ("pd", "lcm", "dmd2")
+  arg: str = ""
+
+
+SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), arg="smoke")
+
+
+def digits(name: str, size: Size, *args: str) -> ConfigDict:
+  """The config of a digits run of the demo, whose replay period is the window."""
+  config = config_lib.load(f"configs/digits_{name}.py:{','.join(a for a in (*args, size.arg) if a)}")
+  config.states.refresh_every = size.window
+  return config
+
+
+def alternate(programs: dict[str, Program], repeats: int) -> dict[str, list[float]]:
+  """Seconds of each program, run in turns after one run for compiling."""
+  for run in programs.values():
+    run()
+  seconds = {name: [] for name in programs}
+  for _ in range(repeats):
+    for name, run in programs.items():
+      seconds[name].append(run())
+  return seconds
+
+
+def timed(work: Callable[[], object]) -> float:
+  """Seconds until the arrays that `work` returns are there."""
+  began = time.perf_counter()
+  jax.block_until_ready(work())
+  return time.perf_counter() - began
+
+
+def ratio(name: str, seconds: dict[str, list[float]], first: str, second: str, target: float | None, **about) -> dict:
+  """A row: how many times the seconds of `second` those of `first` are."""
+  pairs = [a / b for a, b in zip(seconds[first], seconds[second])]
+  value = statistics.median(pairs)
+  return {"name": name, "unit": "ratio", "value": round(value, 4), "low": round(min(pairs), 4),
+          "high": round(max(pairs), 4), "target": target, "met": None if target is None else value <= target,
+          "median_seconds": {n: round(statistics.median(seconds[n]), 6) for n in (first, second)}, **about}
+
+
+def rate(name: str, unit: str, count: int, seconds: list[float], **about) -> dict:
+  """A row: how many a second."""
+  return {"name": name, "unit": unit, "value": round(count / statistics.median(seconds), 2),
+          "low": round(count / max(seconds), 2), "high": round(count / min(seconds), 2), "target": None, "met": None,
+          **about}
+
+
+# Training -----------------------------------------------------------------------------------
+
+
+class Window:
+  """The first `steps` training steps of a run, always the same ones, fed as the training loop does.
+
+  Buffers begin empty and the window is one replay period long, so every source is refreshed exactly
+  once in it: when it is first drawn.
+  """
+
+  def __init__(self, config: ConfigDict, dataset: Dataset, steps: int):
+    self.built = build_lib.build(config, dataset)
+    self.batch_size, self.steps, self._config = config.train.batch_size, steps, config
+    built, self._root = self.built, jax.random.key(config.seed)
+    self._batches = pipeline.batches(dataset, self.batch_size, config.seed, config.data.flip)
+    teacher = built.init_teacher(jax.random.key(1)) if built.init_teacher else ()
+    self._runner = parallel.make_runner("single", lambda axis: make_train_step(
+        built.objective, built.distribution, built.optimizers, built.ema_decays, self.batch_size,
+        config.states.rollout_params, axis), self.batch_size)
+    self._frozen = self._runner.place_frozen({"teacher": teacher})
+    self._start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, self._root,
+                             teacher, jax.tree.map(jnp.asarray, self._batches[0]))
+    self.refreshes: dict[str, int] = {}
+
+  def __call__(self) -> float:
+    # A copy, since the step frees the state that it is given.
+    state = jax.block_until_ready(self._runner.place(jax.tree.map(jnp.copy, self._start)))
+    began = time.perf_counter()
+    for step in range(self.steps):
+      batch = self._runner.place_batch(self._batches[step])
+      state, _ = self._runner.step(state, self._frozen, batch, self._root, due_players(self.built.objective, step))
+    jax.block_until_ready(state)
+    seconds = time.perf_counter() - began
+    self.refreshes = self._count_refreshes(self._runner.fetch(state).dist)
+    return seconds
+
+  def _count_refreshes(self, dist) -> dict[str, int]:
+    sources, objective = self.built.distribution.sources, self.built.objective
+    grids = {"student": objective.sampler_grid, "dagger": objective.sampler_grid}
+    if "teacher" in sources:
+      grids["teacher"] = self.built.parts.make_grid(self._config.states.teacher_steps)
+    parts = dist if len(sources) > 1 else (dist,)
+    return {name: int(part.pushed) // states_per_rollout(grids[name], objective.grid)
+            for name, part in zip(sources, parts) if isinstance(part, Replay)}
+
+
+def training(dataset: Dataset, size: Size) -> list[dict]:
+  """DDIL steps against base steps, and the steps a second of all base methods and of the teacher."""
+  rows, rates = [], []
+  for method in size.methods:
+    windows = {"base": Window(digits(method, size), dataset, size.window),
+               "ddil": Window(digits(method, size, "ddil"), dataset, size.window)}
+    if method == "dmd2":  # its own mixture has no teacher states
+      mixed = digits(method, size, "ddil")
+      mixed.states.update(forward=0.5, student=0.25, teacher=0.25)
+      windows["ddil, priors .5/.25/.25"] = Window(mixed, dataset, size.window)
+    seconds = alternate(windows, size.repeats)
+    for name in list(windows)[1:]:
+      rows.append(ratio(f"{method}: {name} step / base step", seconds, name, "base", DDIL_TARGET, method=method,
+                        steps=size.window, refreshes=windows[name].refreshes))
+    rates.append(_steps_per_second(method, windows["base"], seconds["base"]))
+  window = Window(digits("teacher", size), dataset, size.window)
+  rates.append(_steps_per_second("teacher", window, alternate({"teacher": window}, size.repeats)["teacher"]))
+  return rows + rates
+
+
+def _steps_per_second(method: str, window: Window, seconds: list[float]) -> dict:
+  return rate(f"{method}: training, batch {window.batch_size}", "steps/s", window.steps, seconds, method=method,
+              batch_size=window.batch_size)
+
+
+# Sampling -----------------------------------------------------------------------------------
+
+
+def rollouts(dataset: Dataset, size: Size) -> list[dict]:
+  """K-step scans of PD's DDIM and of LCM's re-noising against K forward passes, one after the other."""
+  rows = []
+  for method, field in (("pd", "num_steps"), ("lcm", "sampler_steps")):
+    for steps in size.rollouts if method in size.methods else ():
+      config = digits(method, size)
+      config.objective[field] = steps
+      built, batch = build_lib.build(config, dataset), config.train.batch_size
+      objective = built.objective
+      params = objective.init(jax.random.key(0), built.init_teacher(jax.random.key(1)))["student"]
+      keys = jax.random.split(jax.random.key(2), batch)
+      cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
+      x_T = prior(built.parts.process, keys, jnp.zeros((batch,) + built.parts.image_shape))
+      times = [jnp.full(batch, t, jnp.float32) for t in objective.sampler_grid[:-1]]
+
+      @jax.jit
+      def scan(params, x, keys, objective=objective, built=built):
+        policy = objective.solver(built.parts.process, lambda *args: objective.student(params, *args))
+        return rollout(policy, x, objective.sampler_grid, cond, keys)
+
+      forward = jax.jit(objective.student)
+
+      def scans():
+        x = x_T
+        for _ in range(size.inner):
+          x = scan(params, x, keys)
+        return x
+
+      def forwards():
+        x = x_T
+        for _ in range(size.inner):
+          for t in times:
+            x = forward(params, x, t, cond)
+        return x
+
+      seconds = alternate({"scan": lambda: timed(scans), "forward passes": lambda: timed(forwards)}, size.repeats)
+      solver = {"pd": "DDIM", "lcm": "re-noising"}[method]
+      rows.append(ratio(f"{solver} rollout of {steps} steps / {steps} forward passes", seconds, "scan",
+                        "forward passes", ROLLOUT_TARGET, steps=steps, batch_size=batch, calls=size.inner))
+  return rows
+
+
+def sampling(dataset: Dataset, size: Size) -> list[dict]:
+  """Images a second of every method's own sampler, at the demo's evaluation batch."""
+  rows = []
+  for method in (*size.methods, "teacher"):
+    config = digits(method, size)
+    built, batch = build_lib.build(config, dataset), config.eval.batch_size
+    sampler = build_lib.samplers(config, built)[0]
+    teacher = built.init_teacher(jax.random.key(1)) if built.init_teacher else ()
+    params = built.objective.init(jax.random.key(0), teacher)["student"]
+    keys = jax.random.split(jax.random.key(2), batch)
+    cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
+    sample = jax.jit(sampler.sample)
+    run = lambda: timed(lambda: sample(params, keys, cond))  # noqa: E731
+    rows.append(rate(f"{method}: sampling in {sampler.steps} steps, batch {batch}", "samples/s", batch,
+                     alternate({"sample": run}, size.repeats)["sample"], method=method, steps=sampler.steps,
+                     batch_size=batch))
+  return rows
+
+
+def gradient_in_scan(dataset: Dataset, size: Size, count: int = 4) -> list[dict]:
+  """A curiosity: gradient steps in a `lax.scan` against the same steps called one by one."""
+  config = digits("pd", size)
+  built, batch = build_lib.build(config, dataset), config.train.batch_size
+  params = built.init_teacher(jax.random.key(1))
+  x = jax.random.normal(jax.random.key(2), (batch,) + built.parts.image_shape)
+  t = jnp.full(batch, 0.5)
+
+  def descend(params):
+    loss = lambda p: jnp.mean((built.objective.student(p, x, t, {}) - x) ** 2)  # noqa: E731
+    return jax.tree.map(lambda p, g: p - 1e-3 * g, params, jax.grad(loss)(params))
+
+  scan = jax.jit(lambda p: jax.lax.scan(lambda p, _: (descend(p), None), p, None, length=count)[0])
+  once = jax.jit(descend)
+
+  def one_by_one():
+    p = params
+    for _ in range(count):
+      p = once(p)
+    return p
+
+  seconds = alternate({"scan": lambda: timed(lambda: scan(params)), "calls": lambda: timed(one_by_one)}, size.repeats)
+  return [ratio(f"{count} gradients in a lax.scan / {count} calls", seconds, "scan", "calls", None, batch_size=batch)]
+
+
+# Output -------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict]) -> str:
+  """The rows as text: value, range over the repeats, target and whether it was met."""
+  lines = [f"{'':58}{'median':>10}  {'lowest .. highest':>21}  target"]
+  for row in rows:
+    digits_ = 3 if row["unit"] == "ratio" else 1
+    spread = f"{row['low']:.{digits_}f} .. {row['high']:.{digits_}f}"
+    goal = "" if row["target"] is None else f"at most {row['target']:g}: {'met' if row['met'] else 'MISSED'}"
+    unit = "" if row["unit"] == "ratio" else row["unit"]
+    lines.append(f"{row['name']:58}{row['value']:10.{digits_}f}  {spread:>21}  {goal or unit}")
+  return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+  args = argparse.ArgumentParser(prog="launch.bench", description="Measures overheads and speeds.")
+  args.add_argument("--out", default="bench/results.json")
+  args.add_argument("--data_dir", default="", help="where data sets are prepared; default $DDIL_DATA, else data/")
+  args.add_argument("--smoke", action="store_true", help="a few steps of one method on fake data")
+  args = args.parse_args(argv)
+  size = SMOKE if args.smoke else Size()
+  began, load = time.monotonic(), os.getloadavg()[0]
+  config = digits("pd", size)
+  config.data.data_dir = args.data_dir
+  dataset = build_lib.load_data(config, "train")
+
+  rows = []
+  for measure in (rollouts, training, sampling, gradient_in_scan):
+    rows += measure(dataset, size)
+    print(f"{measure.__name__}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  result = {
+      "machine": f"{cores} CPU cores, {jax.device_count()} JAX device(s) of kind {jax.devices()[0].device_kind}",
+      "load_average": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)}, "versions": versions(),
+      "seconds": round(time.monotonic() - began, 1), "repeats": size.repeats, "rows": rows}
+  out = pathlib.Path(args.out)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  write_json_atomic(out, result)
+  print(table(rows))
+  print(f"{result['machine']}; load average {load:.1f} before; medians of {size.repeats}; written to {out}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
