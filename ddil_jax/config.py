@@ -104,18 +104,27 @@ def _parse(field, text, old):
     value = text
   if isinstance(old, bool):
     value = {"true": True, "false": False}.get(str(text).lower(), value)
-  priors = isinstance(old, float) and isinstance(value, tuple) and field.startswith("states.")
+  if field.startswith("states.") and isinstance(old, float | tuple) and tuple in (type(old), type(value)):
+    return _prior(field, text, value)
   if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if isinstance(old, int) and not isinstance(old, bool) and isinstance(value, float) and value.is_integer():
     value = int(value)  # 1e3
   if isinstance(old, tuple) and not isinstance(value, tuple):
     value = tuple(value) if isinstance(value, list) else (value,) if not isinstance(value, str) else value
-  if type(value) is not type(old) and not priors:
+  if type(value) is not type(old):
     raise UsageError(f"config.{field}={text}: {type(old).__name__} expected, such as {old!r}, not {type(value).__name__}")
-  if isinstance(value, tuple) and not priors:
-    value = _elements(field, text, value, old)
-  return value
+  return _elements(field, text, value, old) if isinstance(value, tuple) else value
+
+
+def _prior(field, text, value):
+  """A number, or a schedule: a kind and numbers."""
+  number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)  # noqa: E731
+  if number(value):
+    return float(value)
+  if isinstance(value, tuple) and value and isinstance(value[0], str) and all(map(number, value[1:])):
+    return value
+  raise UsageError(f"config.{field}={text}: a number or a schedule expected, such as 0.5 or ('linear', 0.0, 0.5, 1.0)")
 
 
 def _elements(field, text, value, old):
