@@ -50,8 +50,10 @@ def common() -> ConfigDict:
   # Reflected diffusion: a projection of x0 estimates, at three places.
   config.reflect = ConfigDict(dict(
       kind="identity",  # clip | dynamic | fold
-      lo=-1.0, hi=1.0, percentile=0.995,
-      teacher=True, target=True, sampler=False))
+      lo=-1.0, hi=1.0,  # of the data: a number, or a tuple with one per channel
+      percentile=0.995,
+      teacher=True, target=True,  # the target is an EMA or a critic; progressive distillation has none
+      sampler=False))
 
   config.optimizer = ConfigDict(dict(
       name="adam", learning_rate=3e-4, schedule="constant", warmup_steps=0, end=0.0, clip=1.0,

@@ -1,4 +1,4 @@
-"""Consistency distillation on digits: pairs on a grid of 18 times, Heun steps of the teacher.
+"""Consistency distillation on digits: pairs on a grid of 17 times, DDIM steps of the teacher.
 
     python -m ddil_jax train --config=configs/digits_cd.py:ddil --workdir=runs/cd --config.teacher.path=runs/digits_teacher
 """

@@ -34,5 +34,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep() -> list[dict]:
-  """The demo's grid: every source mixture and reflection, three seeds."""
+  """Base, DDIL, reflected and both, three seeds."""
   return [{"arg": arg, "seed": seed} for arg in ("", "ddil", "reflected", "ddil,reflected") for seed in range(3)]

@@ -1,4 +1,4 @@
-"""Teacher on digits (8x8): a class-conditional UNet of 138k parameters, v-prediction, cosine log-SNR.
+"""Teacher on digits (8x8): a class-conditional UNet of 136k parameters, v-prediction, cosine log-SNR.
 
     python -m ddil_jax train --config=configs/digits_teacher.py --workdir=runs/digits_teacher
 """

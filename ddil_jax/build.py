@@ -1,4 +1,4 @@
-"""ConfigDict -> parts. The only reader of ConfigDict.
+"""ConfigDict -> parts. With `runs.py` the only reader of ConfigDict.
 
 `build(config)` reads top to bottom what a run is made of: data, networks, objective, states,
 optimizers. Everything below it takes plain arguments.
@@ -76,6 +76,8 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
     raise UsageError(registry.unknown("states.rollout_params", config.states.rollout_params, ["raw", *decays]))
   if config.eval.ema != "raw" and config.eval.ema not in decays:
     raise UsageError(registry.unknown("eval.ema", config.eval.ema, ["raw", *decays]))
+  if objective.teacher is None:
+    init_teacher = None
   built = Built(parts, objective, distribution, make_optimizers(config, objective), decays, init_teacher, dataset)
   check_evaluation(config, built)
   return built
@@ -276,7 +278,8 @@ def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> State
 def make_optimizers(config: ConfigDict, objective: Objective) -> dict[str, Any]:
   """One optimizer a player; the critic may have its own learning rate."""
   o = config.optimizer
-  options = {k: v for k, v in dict(o).items() if k in ("b1", "b2", "eps", "weight_decay")}
+  ours = ("name", "learning_rate", "schedule", "warmup_steps", "end", "clip", "critic_learning_rate")
+  options = {k: v for k, v in dict(o).items() if k not in ours}  # of the optimizer itself, such as b1
 
   def optimizer(player):
     peak = o.critic_learning_rate if player.name == "critic" and o.critic_learning_rate else o.learning_rate

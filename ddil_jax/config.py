@@ -85,8 +85,13 @@ def override(config: ConfigDict, field: str, text: str) -> None:
   if isinstance(old, ConfigDict):
     raise UsageError(f"config.{field} is a group; set one of its fields: {', '.join(sorted(old))}")
   value = _parse(field, text, old)
-  with node.ignore_type():  # checked above; a prior may be a number or a schedule
+  with node.ignore_type():  # checked above; some fields have two types
     node[last] = value
+
+
+# Fields of two types: a prior is a number or a schedule, a bound a number or one per channel.
+PRIORS = tuple(f"states.{name}" for name in ("forward", "student", "teacher", "dagger"))
+BOUNDS = ("reflect.lo", "reflect.hi")
 
 
 def _no_such_field(node, name, where, field):
@@ -104,8 +109,10 @@ def _parse(field, text, old):
     value = text
   if isinstance(old, bool):
     value = {"true": True, "false": False}.get(str(text).lower(), value)
-  if field.startswith("states.") and isinstance(old, float | tuple) and tuple in (type(old), type(value)):
+  if field in PRIORS and tuple in (type(old), type(value)):
     return _prior(field, text, value)
+  if field in BOUNDS and isinstance(value, tuple) and value and all(isinstance(v, int | float) for v in value):
+    return tuple(float(v) for v in value)
   if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if isinstance(old, int) and not isinstance(old, bool) and isinstance(value, float) and value.is_integer():

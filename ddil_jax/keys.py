@@ -1,4 +1,4 @@
-"""Random keys: root -> fold_in(step) -> fold_in(name) -> fold_in(global example).
+"""Random keys: root -> fold_in(step) -> fold_in(global example) -> fold_in(name).
 
 No key lives in the training state, so a resumed run and a run on another number of devices
 draw the same numbers. Every draw of a batch is made with one key per example.

@@ -147,7 +147,11 @@ def _train(config, workdir, setup, say):
     checkpoints = stack.enter_context(checkpoint.Checkpoints(
         workdir / workdir_lib.CHECKPOINTS, keep=config.train.keep, keep_best=config.train.keep_best, best_metric="fd"))
     restored = checkpoints.restore(fresh)
-    state, meta, start = restored if restored else (fresh, {"seconds": 0.0}, 0)
+    teacher_hash = params_lib.hash_params(teacher) if teacher else ""
+    state, meta, start = restored if restored else (fresh, {"seconds": 0.0, "teacher": teacher_hash}, 0)
+    if meta["teacher"] != teacher_hash:
+      raise UsageError(f"the teacher at {config.teacher.path} is not the one that {workdir} was trained with (other"
+                       " parameters); bring that one back, or train in a new work directory")
     if restored:
       say(f"continuing from step {start} of {config.train.steps}")
     writer = stack.enter_context(log_lib.MetricWriter(workdir, start))
@@ -160,7 +164,7 @@ def _train(config, workdir, setup, say):
 
     def save(step, state, metrics):
       weights = "params/student" if config.eval.ema == "raw" else f"ema/{config.eval.ema}"
-      checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights}, metrics)
+      checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
       rows = evaluate_params(config, built, student_params(state, config.eval.ema), teacher, shift=False)
@@ -234,11 +238,10 @@ def _load_student(path, average: str) -> checkpoint.Loaded:
 # Evaluation ---------------------------------------------------------------------------------
 
 
-def variant(config: ConfigDict) -> str:
+def variant(config: ConfigDict, built: build_lib.Built) -> str:
   """base, +ddil, +reflected or +ddil+reflected."""
-  own = "student" if config.objective.name == "dmd2" else "forward"
-  drawn = [n for n in ("forward", "student", "teacher", "dagger") if config.states[n] != 0]
-  return ("+ddil" * (drawn != [own]) + "+reflected" * (config.reflect.kind != "identity")) or "base"
+  ddil = built.distribution.sources != (built.objective.own_source,)
+  return ("+ddil" * ddil + "+reflected" * (config.reflect.kind != "identity")) or "base"
 
 
 def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | None = None, shift: bool = True,
@@ -251,18 +254,18 @@ def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | 
   labels = sampling.balanced_labels(config.eval.num_samples, classes)
   rows = []
   for sampler in build_lib.samplers(config, built):
-    images = sampling.sample_images(_draw_with(sampler, params), config.eval.num_samples, built.parts.image_shape, config.eval.seed, labels,
-                                    config.eval.batch_size)
+    images = sampling.sample_images(_draw_with(sampler, params), config.eval.num_samples, built.parts.image_shape,
+                                    config.eval.seed, labels, config.eval.batch_size)
     if not np.isfinite(images).all():
       raise RunError(f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     values = results.evaluate(images, labels if classes > 1 else None, reference.images, config.eval.reference,
                               extractor, metrics, cache_dir(config))
     teacher_run = config.objective.name == "denoising"
     row = {"objective": "teacher" if teacher_run else config.objective.name,
-           "variant": "" if teacher_run else variant(config), "steps": sampler.steps, "seed": config.seed,
+           "variant": "" if teacher_run else variant(config, built), "steps": sampler.steps, "seed": config.seed,
            "guidance_scale": sampler.guidance_scale, "metrics": values, "shift": [],
            "network_evaluations": sampler.network_evaluations, "seconds": round(seconds, 2), "samples": ""}
-    if shift and config.eval.shift_samples and teacher:
+    if shift and config.eval.shift_samples and built.objective.teacher is not None:
       row["shift"] = measure_shift(config, built, params, teacher, sampler)
     if samples_dir is not None:
       name = f"{sampler.steps}_steps_g{sampler.guidance_scale:g}.png"

@@ -112,7 +112,9 @@ def _log(path, problems) -> list[dict]:
   for line in filter(str.strip, lines):
     try:
       value = json.loads(line)
-      found[int(value["step"])] = {str(k): n for k, v in value.items() if (n := _number(v)) is not None}
+      line = {str(k): n for k, v in value.items() if (n := _number(v)) is not None}
+      # An evaluation in mid-run writes a second line for its step.
+      found[int(value["step"])] = found.get(int(value["step"]), {}) | line
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
       damaged += 1
   if damaged:

@@ -30,7 +30,7 @@ class Parts(NamedTuple):
     process: the forward process.
     make_grid: n -> decreasing times [n+1], the last the clean end.
     student, teacher, critic: denoisers; teacher is None when there is none (teacher training).
-    init_student, init_critic: (key, teacher params or None) -> params.
+    init_student, init_critic: (key, teacher params, () where there are none) -> params.
     init_head: (key, feature [B,h,w,c]) -> params of the GAN head; head: (params, feature) -> logits [B].
     guidance: scale (number or None = per state) -> Transform of the teacher.
     num_classes: 0 for unconditional data; else the null label.
@@ -89,6 +89,7 @@ class Objective(NamedTuple):
     targets: {name: decay}: EMAs of the student that the losses read from `view.ema`.
     needs_x0: the loss uses the clean image.
     prior_first: forward states at index 0 are pure noise.
+    own_source: the states on which the base method trains.
   """
   name: str
   grid: np.ndarray
@@ -103,6 +104,7 @@ class Objective(NamedTuple):
   targets: Mapping[str, float] = {}
   needs_x0: bool = False
   prior_first: bool = False
+  own_source: str = "forward"
 
 
 def bind(denoiser: Denoiser, params: Params, keys: Array | None = None) -> DenoiseFn:

@@ -162,4 +162,5 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
   return Objective(
       name="dmd2", grid=grid, sampler_grid=grid, solver=solvers.renoise(), student=parts.student, teacher=teacher,
       init=init, players=(Player("student", generator_loss, period), Player("critic", critic_player)),
-      draw=draw_index(grid), condition=unchanged, prior_first=True)
+      draw=draw_index(grid), condition=unchanged, prior_first=True,
+      own_source="student")

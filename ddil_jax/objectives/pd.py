@@ -8,7 +8,7 @@ x0 with which one DDIM step from x_t would land on the same x_s:
 
 At the clean end sigma_s = 0, alpha_s = 1 and x~ is the second teacher x0. The teacher's labels are
 defined at any state, so PD runs on every source; x_t and x~ carry no gradient. After a stage the
-student becomes the teacher and N is halved (`training/stages.py`).
+student becomes the teacher and N is halved (`runs.py`).
 
 Source: arXiv 2202.00512, algorithm 2; google-research diffusion_distillation (golden vectors
 `pd_vp_*`); the variance-exploding form of arXiv 2303.01469 (`pd_ve_*`) is the same code.

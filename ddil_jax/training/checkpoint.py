@@ -332,7 +332,7 @@ class Checkpoints:
     A disk that fills up under Orbax's threads does no harm to the older checkpoints, but fills the
     terminal with their tracebacks; a disk that is too full before they begin is one line.
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or not hasattr(os, "posix_fallocate"):  # macOS has none
       return
     leaves = jax.tree.leaves(state)
     size = int(1.02 * sum(leaf.nbytes for leaf in leaves)) + 2048 * len(leaves) + 2**17  # metadata: about

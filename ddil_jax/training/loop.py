@@ -95,7 +95,8 @@ def _check_finite(runner, state, step, limit, hooks):
   if bad >= limit:
     where = hooks.dump(step, plain)
     raise RunError(f"loss or gradient not finite for {bad} steps in a row at step {step}; the state is in {where}."
-                   " Lower config.optimizer.learning_rate, cap the loss weight, or set config.optimizer.clip")
+                   " Lower config.optimizer.learning_rate, cap the loss weight, or set"
+                   " config.optimizer.clip, in a new work directory")
 
 
 @contextlib.contextmanager
