@@ -10,8 +10,10 @@ import pytest
 from ddil_jax import build
 from ddil_jax import config as config_lib
 from ddil_jax.errors import UsageError
+from ddil_jax.data import pipeline
 from ddil_jax.main import main
-from tests.running import shared  # noqa: F401 (a fixture)
+from ddil_jax.training.step import due_players, init_state, make_train_step
+from tests.running import SHORT, shared  # noqa: F401 (a fixture)
 
 NAMES = config_lib.available()
 FIELDS = {"objective", "variant", "steps", "seed", "guidance_scale", "metrics", "shift", "network_evaluations", "seconds"}
@@ -28,17 +30,26 @@ def modifiers(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_modifiers_build(name):
-  """Alone and with `smoke`, and each changes something."""
+  """Each changes something and builds; all of them at once make a step that can be traced."""
   plain = config_lib.load(f"configs/{name}.py:smoke")
-  build.build(plain)
-  for modifier in modifiers(name):
-    config = config_lib.load(f"configs/{name}.py:{modifier},smoke")
-    assert config_lib.flatten(config) != config_lib.flatten(plain), modifier
-    if config.train.stages:
-      continue  # built stage by stage, below
+  few = {"objective.num_steps": "2"} if plain.train.stages else {}  # as a late stage would have it
+  alone = [f"{modifier},smoke" for modifier in modifiers(name)]
+  for arg in [*alone, ",".join([*modifiers(name), "smoke"])]:
+    config = config_lib.load(f"configs/{name}.py:{arg}", few)
+    assert arg == "smoke" or config_lib.flatten(config) != config_lib.flatten(plain), arg
     built = build.build(config)
-    teacher = jax.eval_shape(built.init_teacher, jax.random.key(0)) if built.init_teacher else ()
-    assert "student" in jax.eval_shape(built.objective.init, jax.random.key(0), teacher)
+  batch = pipeline.batches(built.dataset, config.train.batch_size, 0)[0]
+  decays = built.ema_decays
+
+  def two_states(key, batch):
+    teacher = built.init_teacher(key) if built.init_teacher else ()
+    state = init_state(built.objective, built.distribution, built.optimizers, decays, key, teacher, batch)
+    step = make_train_step(built.objective, built.distribution, built.optimizers, decays, config.train.batch_size)
+    return state, step(state, {"teacher": teacher}, batch, key, due_players(built.objective, 0))
+
+  before, (after, metrics) = jax.eval_shape(two_states, jax.random.key(0), batch)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), before) == jax.tree.map(lambda a: (a.shape, a.dtype), after)
+  assert {f"{player.name}/loss" for player in built.objective.players} <= set(metrics)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,10 +67,13 @@ def test_sweep(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name, tmp_path):
-  """Two steps with all modifiers at once, as a user runs it."""
-  arg = ",".join([*modifiers(name), "smoke"])
-  assert main(["train", f"--config=configs/{name}.py:{arg}", f"--workdir={tmp_path / 'run'}"]) == 0
+def test_smoke(name, tmp_path, monkeypatch, capsys):
+  """Two steps as a user runs them; digits with all modifiers at once, the others plain (the same code) and briefly."""
+  full = name.startswith("digits_")
+  stages = config_lib.load(f"configs/{name}.py").train.stages
+  arg = ",".join([*modifiers(name), "smoke"]) if full else "smoke"
+  brief = () if full else (*SHORT, *(["--config.train.stages=(2,)"] if stages else []))
+  assert main(["train", f"--config=configs/{name}.py:{arg}", f"--workdir={tmp_path / 'run'}", *brief]) == 0
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   assert config["data"]["name"] == "fake" and config["train"]["steps"] == 2
   rows = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -72,10 +86,25 @@ def test_smoke(name, tmp_path):
   for row in rows:
     assert set(row) >= FIELDS
     assert row["objective"] == ("teacher" if teacher_run else config["objective"]["name"])
-    assert row["variant"] == ("" if teacher_run else "+ddil+reflected")
+    assert row["variant"] == ("" if teacher_run else "+ddil+reflected" if full else "base")
     assert row["network_evaluations"] >= row["steps"] and row["seed"] == 0
     measured = {metric.partition("@")[0] for metric in row["metrics"]}
     assert measured == set(config["eval"]["metrics"])
     assert all(math.isfinite(value) for value in row["metrics"].values())
-    assert bool(row["shift"]) != teacher_run
+    assert bool(row["shift"]) == (full and not teacher_run)
     assert (tmp_path / "run" / row["samples"]).is_file()
+  if full and stages:
+    run_again_by_another_name(name, arg, rows, tmp_path, monkeypatch, capsys)
+
+
+def run_again_by_another_name(name, arg, rows, tmp_path, monkeypatch, capsys):
+  """Stages refer to each other by path; the folder may be named in another way when the run is continued."""
+  monkeypatch.chdir(tmp_path)
+  capsys.readouterr()
+  assert main(["train", f"--config=configs/{name}.py:{arg}", "--workdir=run"]) == 0
+  assert capsys.readouterr().out.count("continuing from step 2 of 2") == len(rows)
+  assert [row["metrics"] for row in json.loads((tmp_path / "run" / "results.json").read_text())] == \
+      [row["metrics"] for row in rows]
+  for command in ("evaluate", "sample"):
+    assert main([command, "--workdir=run"]) == 2
+    assert "run in stages; give one of run/stage_4, run/stage_2" in capsys.readouterr().err
