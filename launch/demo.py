@@ -188,8 +188,28 @@ def gather(done: list[Job], workdir: pathlib.Path) -> list[dict]:
   if rows:
     write_json_atomic(workdir / "results.json", rows)
     report.write_report(folders, workdir / "report.html")
+    overview(rows, workdir)
     print(report.terminal_table(rows))
   return rows
+
+
+def overview(rows: list[dict], workdir: pathlib.Path) -> None:
+  """One picture, overview.png: the teacher with many and few steps, and each student, from the same noise."""
+  from matplotlib.figure import Figure
+  from PIL import Image
+  names = {"pd": "PD", "lcm": "LCM", "dmd2": "DMD2", "teacher": "teacher"}
+  wanted = [row for row in rows if row["guidance_scale"] == 1 and row["seed"] == 0 and row["steps"] in (2, 4, 32)
+            and row["variant"] in ("", "base", "+ddil")]
+  order = sorted(wanted, key=lambda r: (r["objective"] != "teacher", -r["steps"]))
+  figure = Figure(figsize=(5, 0.46 * len(order)), dpi=150)
+  for i, row in enumerate(order):
+    picture = Image.open(workdir / row["samples"])
+    axes = figure.add_axes((0.36, 1 - (i + 1) / len(order), 0.64, 0.9 / len(order)))
+    axes.imshow(picture.crop((0, 0, picture.width, picture.width // 10)), cmap="gray")
+    axes.axis("off")
+    figure.text(0.01, 1 - (i + 0.55) / len(order), va="center", fontsize=8,
+                s=f"{names[row['objective']]} {row['variant'].replace('base', '')} {row['steps']} steps")
+  figure.savefig(workdir / "overview.png")
 
 
 if __name__ == "__main__":
