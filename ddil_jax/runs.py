@@ -167,7 +167,8 @@ def _train(config, workdir, setup, say):
       checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
-      rows = evaluate_params(config, built, student_params(state, config.eval.ema), teacher, shift=False)
+      rows = evaluate_params(config, built, student_params(state, config.eval.ema), teacher,
+                             workdir / "samples" / f"step_{step}", shift=False)
       metrics = rows[0]["metrics"]  # of the first sampler, the student as it was trained
       writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
       return {name.partition("@")[0]: value for name, value in metrics.items()}
