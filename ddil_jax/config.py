@@ -120,7 +120,8 @@ def _parse(field, text, old):
   if isinstance(old, tuple) and not isinstance(value, tuple):
     value = tuple(value) if isinstance(value, list) else (value,) if not isinstance(value, str) else value
   if type(value) is not type(old):
-    raise UsageError(f"config.{field}={text}: {type(old).__name__} expected, such as {old!r}, not {type(value).__name__}")
+    raise UsageError(f"config.{field}={text}: {type(old).__name__} expected, such as {old!r},"
+                     f" not {type(value).__name__}")
   return _elements(field, text, value, old) if isinstance(value, tuple) else value
 
 

@@ -59,7 +59,8 @@ def test_a_schedule_can_become_a_number_again():
 
 def test_files_are_found_by_path_and_by_name(tmp_path, monkeypatch):
   here = tmp_path / "mine.py"
-  here.write_text("from ml_collections import ConfigDict\n\n\ndef get_config(arg):\n  return ConfigDict(dict(arg=arg or ''))\n")
+  here.write_text("from ml_collections import ConfigDict\n\n\n"
+                  "def get_config(arg):\n  return ConfigDict(dict(arg=arg or ''))\n")
   assert config_lib.load(f"{here}:a,b").arg == "a,b"
   monkeypatch.chdir(tmp_path)
   assert config_lib.load("mine.py").arg == ""

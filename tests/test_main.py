@@ -78,7 +78,8 @@ def test_list(capsys):
     (("trian",), ["trian", "'train'", "'report'"]),
     (("train", "--workdir=w"), ["--config", "ddil list"]),
     (("train", "--config=configs/digits_pd.py"), ["--workdir"]),
-    (("train", "--config=configs/digits_pdd.py", "--workdir=w"), ["digits_pdd", "did you mean configs/digits_pd.py"]),
+    (("train", "--config=configs/digits_pdd.py", "--workdir=w"),
+     ["digits_pdd", "did you mean configs/digits_pd.py"]),
     (("train", "--config=configs/digits_pd.py:smok", "--workdir=w"), ["smok", "did you mean smoke", "guided"]),
     (("train", "--config=configs/digits_pd.py", "--workdir=w", "--seed=3"), ["--seed=3"]),
     (("train", "--config=configs/digits_pd.py", "--workdir=w", "--config.seed"), ["config.seed", "=VALUE"]),
@@ -261,6 +262,12 @@ def test_report(refuse, teacher, tmp_path, capsys):  # noqa: F811
   assert not (tmp_path / "no.html").exists()
 
 
+def values(folder):
+  """The lines of metrics.jsonl, without what the clock says."""
+  lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in line.items() if k not in ("time", "steps_per_second")} for line in lines]
+
+
 def spoil(checkpoint):
   """Flips a bit of the largest file."""
   path = max((p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -275,8 +282,6 @@ def test_corrupt_checkpoints(refuse, teacher, run, capsys):  # noqa: F811
   said = capsys.readouterr()
   assert "checkpoints/2 is damaged" in said.err and "falling back to 1" in said.err
   assert "continuing from step 1 of 2" in said.out
-  values = lambda folder: [{k: v for k, v in json.loads(line).items() if k not in ("time", "steps_per_second")}  # noqa: E731
-                           for line in (folder / "metrics.jsonl").read_text().splitlines()]
   assert values(run) == values(teacher[0])
 
   shutil.rmtree(run / "checkpoints" / "1")

@@ -1,0 +1,134 @@
+"""Configs become the parts that they name: DDIL reduces to the base, priors are schedules, devices agree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddil_jax import build as build_lib
+from ddil_jax import config as config_lib
+from ddil_jax import keys as keys_lib
+from ddil_jax.data import pipeline
+from ddil_jax.states.base import SOURCES, Context
+from ddil_jax.training.parallel import make_runner
+from ddil_jax.training.step import due_players, init_state, make_train_step
+from tests.running import shared  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.xdist_group("build")
+
+
+def load(spec, **fields):
+  return config_lib.load(f"configs/{spec}", {name.replace("__", "."): str(v) for name, v in fields.items()})
+
+
+def steps_of(config):
+  """The built parts, the fresh state, the teacher and the step's maker."""
+  built = build_lib.build(config)
+  teacher = built.init_teacher(jax.random.key(7))
+  batches = pipeline.batches(built.dataset, config.train.batch_size, config.seed)
+  parts = (built.objective, built.distribution, built.optimizers, built.ema_decays)
+  state = init_state(*parts, jax.random.key(0), teacher, jax.tree.map(jnp.asarray, batches[0]))
+
+  def make(axis):
+    return make_train_step(*parts, config.train.batch_size, config.states.rollout_params, axis)
+
+  return built, state, teacher, batches, make
+
+
+def train(config, mode="single", steps=3, parts=None):
+  built, state, teacher, batches, make = parts or steps_of(config)
+  runner = make_runner(mode, make, config.train.batch_size)
+  state = runner.place(jax.tree.map(jnp.array, state))
+  frozen = runner.place_frozen({"teacher": teacher})
+  for i in range(steps):
+    state, metrics = runner.step(state, frozen, runner.place_batch(batches[i]), jax.random.key(1),
+                                 due_players(built.objective, i))
+    assert float(metrics["skipped"].total) == 0
+  return jax.device_get(runner.fetch(state))
+
+
+def test_forward_only_is_the_base_method():
+  """DDIL with the prior (1, 0, 0): the same compiled program, so the same bits."""
+  base = load("digits_pd.py:smoke", train__stages="()")
+  ddil = load("digits_pd.py:ddil,smoke", train__stages="()", states__forward=2.0, states__student=0.0,
+              states__teacher=0.0)
+  texts, states = [], []
+  for config in (base, ddil):
+    parts = steps_of(config)
+    built, state, teacher, batches, make = parts
+    assert built.distribution.sources == ("forward",)
+    step = jax.jit(make(None), static_argnums=4)
+    texts.append(step.lower(state, {"teacher": teacher}, batches[0], jax.random.key(1), ("student",)).as_text())
+    states.append(train(config, parts=parts))
+  assert texts[0] == texts[1]
+  for a, b in zip(jax.tree.leaves(states[0]), jax.tree.leaves(states[1]), strict=True):
+    assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("priors, sources", [
+    (dict(forward=0.5, student=0.25, teacher=0.25), ("forward", "student", "teacher")),
+    (dict(forward=0.5, student=0.5), ("forward", "student")), (dict(forward=0.0, dagger=1.0), ("dagger",)),
+    (dict(student="('linear', 0.0, 0.0, 0.5)"), ("forward",)),
+    (dict(student="('piecewise', 0.0, 0.5, 0.1)"), ("forward", "student"))])
+def test_a_source_that_is_never_drawn_does_not_exist(priors, sources):
+  config = load("digits_pd.py:smoke", train__stages="()", **{f"states__{name}": v for name, v in priors.items()})
+  assert build_lib.build(config).distribution.sources == sources
+
+
+def test_schedules_as_priors():
+  """('linear', a, b, fraction) from the command line: exact shares of the batch at the beginning and after."""
+  config = load("digits_pd.py:smoke", train__stages="()", train__batch_size=10, train__steps=100,
+                states__forward="('linear', 1.0, 0.6, 0.5)", states__student="('linear', 0.0, 0.4, 0.5)",
+                states__selection="per_example", states__replay=False)
+  built = build_lib.build(config)
+  teacher = built.init_teacher(jax.random.key(7))
+  batch = jax.tree.map(jnp.asarray, pipeline.batches(built.dataset, 10, 0)[0])
+
+  @jax.jit
+  def shares(step, teacher, batch):
+    key = jax.random.fold_in(jax.random.key(3), step)
+    ctx = Context(step, key, keys_lib.per_example(key, batch["lane"]), batch, teacher, teacher, 10)
+    states, _ = built.distribution.sample(built.distribution.init(ctx), ctx)
+    return jnp.bincount(states.source, length=len(SOURCES))
+
+  found = {step: np.asarray(shares(jnp.int32(step), teacher, batch)).tolist() for step in (0, 25, 50, 99)}
+  assert found == {0: [10, 0, 0, 0], 25: [8, 2, 0, 0], 50: [6, 4, 0, 0], 99: [6, 4, 0, 0]}
+
+
+def test_a_wider_teacher():
+  config = load("digits_pd.py:ddil,smoke", train__stages="()", teacher__channels=16,
+                teacher__channel_mult="(1, 1, 1)")
+  built = build_lib.build(config)
+  teacher = jax.eval_shape(built.init_teacher, jax.random.key(0))
+  params = jax.eval_shape(built.objective.init, jax.random.key(0), teacher)
+  assert teacher["conv_in"]["kernel"].shape == (3, 3, 1, 16) and "down_2_0" in teacher
+  assert params["student"]["conv_in"]["kernel"].shape == (3, 3, 1, 8) and "down_2_0" not in params["student"]
+
+
+def test_each_player_has_its_learning_rate():
+  config = load("digits_dmd2.py:smoke", optimizer__name="sgd", optimizer__clip=0.0, optimizer__learning_rate=0.25,
+                optimizer__critic_learning_rate=0.5)
+  optimizers = build_lib.build(config).optimizers
+  for player, rate in (("student", 0.25), ("critic", 0.5)):
+    updates, _ = optimizers[player].update({"w": jnp.ones(2)}, optimizers[player].init({"w": jnp.ones(2)}))
+    assert updates["w"].tolist() == [-rate, -rate]
+
+
+def test_devices_agree_on_the_unet():
+  """Mesh and pmap on 8 devices give all of one device's state to 1e-6 after 3 steps.
+
+  DMD2 has most to disagree on: two networks, a head, replay. The other methods are compared on toy
+  networks in contract/test_objectives.py.
+  """
+  config = load("digits_dmd2.py:smoke", optimizer__name="sgd", optimizer__learning_rate=0.1, states__forward=0.5,
+                states__student=0.5, objective__gan_weight=0.1, objective__period=1)
+  parts = steps_of(config)
+  assert parts[0].distribution.sources == ("forward", "student")
+  single = train(config, parts=parts)
+  pairs = zip(jax.tree.leaves(single.params), jax.tree.leaves(parts[1].params), strict=True)
+  moved = max(float(np.abs(a - b).max()) for a, b in pairs)
+  assert moved > 1e-4
+  for mode in ("mesh", "pmap"):
+    other = train(config, mode, parts=parts)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(single), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6, err_msg=f"{mode} {jax.tree_util.keystr(path)}")
