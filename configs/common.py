@@ -83,6 +83,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.data.name, config.data.image_size = "fake", 8
   config.model.update(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), num_heads=1)
   config.train.update(steps=2, batch_size=8, log_every=1, checkpoint_every=1, eval_every=0)
+  config.train.stages = config.train.stages[-2:]
   config.states.update(capacity=64, refresh_every=1, teacher_steps=4)
   config.eval.update(num_samples=32, batch_size=16, shift_samples=32)
   return config
