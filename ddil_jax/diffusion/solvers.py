@@ -140,16 +140,18 @@ def heun(churn: float = 0.0, churn_min: float = 0.0, churn_max: float = float("i
         x = x + expand(jnp.sqrt(jnp.maximum(t_hat**2 - t**2, 0)), x) * noise_scale * noise
         t = t_hat
       (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(process, t, x), _scales(process, s, x)
-      level_t, level_s, y = sigma_t / alpha_t, sigma_s / alpha_s, x / alpha_t
-      slope = (y - denoise(x, t, cond)) / level_t
-      euler = y + (level_s - level_t) * slope
-      # The network is not called at the clean end, where it is undefined.
-      clean = process.sigma(s) <= 0
-      safe_s, safe_level = jnp.where(clean, t, s), jnp.where(expand(clean, x), level_t, level_s)
-      end = euler * expand(process.alpha(safe_s), x)
-      slope_end = (euler - denoise(end, safe_s, cond)) / safe_level
-      corrected = y + (level_s - level_t) * 0.5 * (slope + slope_end)
-      return alpha_s * jnp.where(expand(clean, x), euler, corrected)
+      x0 = denoise(x, t, cond)
+      slope = eps_from_x0(process, x, x0, t)
+      euler = alpha_s * x0 + sigma_s * slope
+      # No second slope at the clean end, where the network is undefined, nor from (nearly) pure noise,
+      # where x / alpha is.
+      first_order = expand((process.sigma(s) <= 0) | (process.alpha(t) < 1e-3 * process.sigma(t)), x)
+      safe_s = jnp.where(process.sigma(s) <= 0, t, s)
+      end = jnp.where(first_order, x, euler)
+      slope_end = eps_from_x0(process, end, denoise(end, safe_s, cond), safe_s)
+      safe_alpha = jnp.where(first_order, 1, alpha_t)
+      change = alpha_s * (sigma_s / alpha_s - sigma_t / safe_alpha) * 0.5 * (slope_end - slope)
+      return euler + jnp.where(first_order, 0, change)
     return _memoryless(step)
   return solver
 

@@ -30,10 +30,11 @@ def gaussian(p, std, mean=0.3):
   return denoise
 
 
-def exact_end(p, std, x_T, t, mean=0.3):
-  """Where the probability-flow ODE of that data ends."""
-  a, s = float(p.alpha(jnp.float32(t))), float(p.sigma(jnp.float32(t)))
-  return mean + (x_T - a * mean) * std / np.sqrt(a**2 * std**2 + s**2)
+def exact_end(p, std, x_t, t, s, mean=0.3):
+  """Where the probability-flow ODE of that data leads from t to s."""
+  scale = lambda f, u: float(f(jnp.asarray(u)))  # noqa: E731
+  spread = lambda u: np.sqrt((scale(p.alpha, u) * std) ** 2 + scale(p.sigma, u) ** 2)  # noqa: E731
+  return scale(p.alpha, s) * mean + (x_t - scale(p.alpha, t) * mean) * spread(s) / spread(t)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -74,12 +75,13 @@ def test_scan_equals_the_loop_of_steps(name, p):
 def test_order_of_convergence(name, order):
   """The error on the exact flow of Gaussian data falls with the solver's order."""
   with jax.enable_x64(True):
-    p, std, t_start = process.flow(), 0.5, 0.9
-    x_T = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
-    truth = exact_end(p, std, np.asarray(x_T), t_start)
+    p, std, first, last = process.flow(), 0.5, 0.9, 0.1
+    x_t = jnp.asarray(np.random.default_rng(1).standard_normal(SHAPE))
+    truth = exact_end(p, std, np.asarray(x_t), first, last)
     errors = []
     for n in (16, 32, 64):
-      end = rollout(solvers.make(name)(p, gaussian(p, std)), x_T, t_start * np.linspace(1, 0, n + 1), {}, keys())
+      grid = np.linspace(first, last, n + 1)
+      end = rollout(solvers.make(name)(p, gaussian(p, std)), x_t, grid, {}, keys())
       errors.append(float(jnp.abs(end - truth).max()))
     rates = np.log2(np.array(errors[:-1]) / np.array(errors[1:]))
   assert rates[-1] > order - 0.3, (errors, rates)
@@ -132,10 +134,10 @@ def test_mixed_policy():
   grid, x_T = grids.uniform(4, p), prior(p, keys(), jnp.zeros(SHAPE))
   walk = lambda policy: rollout(policy, x_T, grid, {}, keys(), path=True)  # noqa: E731
   key = jax.random.key(5)
-  np.testing.assert_array_equal(walk(solvers.mixed(student, teacher, 0.0, key)), walk(student))
-  np.testing.assert_array_equal(walk(solvers.mixed(student, teacher, 1.0, key)), walk(teacher))
+  np.testing.assert_allclose(walk(solvers.mixed(student, teacher, 0.0, key)), walk(student), rtol=0, atol=2e-6)
+  np.testing.assert_allclose(walk(solvers.mixed(student, teacher, 1.0, key)), walk(teacher), rtol=0, atol=2e-6)
   half = walk(solvers.mixed(student, teacher, 0.5, key))
-  assert not np.array_equal(half, walk(student)) and not np.array_equal(half, walk(teacher))
+  assert not np.allclose(half, walk(student), atol=1e-3) and not np.allclose(half, walk(teacher), atol=1e-3)
 
 
 def test_bad_input():
