@@ -8,6 +8,7 @@ median over these pairs. One process, on all cores that it may use.
 """
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import statistics
@@ -22,7 +23,7 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+from configs import common  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from ddil_jax import build as build_lib  # noqa: E402
@@ -51,31 +52,33 @@ class Size(NamedTuple):
     window: training steps of one measurement: one replay period.
     inner: rollouts, forward passes and gradients of one measurement.
     rollouts: step counts K.
-    methods: base methods.
-    arg: argument of every config.
+    methods: configs of the demo.
+    smoke: networks as small as can be, on fake data.
   """
-  repeats: int = 7
+  repeats: int = 5
   window: int = 50
-  inner: int = 10
+  inner: int = 5
   rollouts: tuple[int, ...] = (4, 8)
-  methods: tuple[str, ...] = ("pd", "lcm", "dmd2")
-  arg: str = ""
+  methods: tuple[str, ...] = ("teacher", "pd", "lcm", "dmd2")
+  smoke: bool = False
 
 
-SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), arg="smoke")
+SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), smoke=True)
 
 
 def digits(name: str, size: Size, *args: str) -> ConfigDict:
   """The config of a digits run of the demo, whose replay period is the window."""
-  config = config_lib.load(f"configs/digits_{name}.py:{','.join(a for a in (*args, size.arg) if a)}")
+  config = config_lib.load(f"configs/digits_{name}.py:{','.join((*args, *['smoke'] * size.smoke))}")
   config.states.refresh_every = size.window
+  if size.smoke:
+    config.model.channel_mult = (1,)
   return config
 
 
 def alternate(programs: dict[str, Program], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each program, run in turns after one run for compiling."""
-  for run in programs.values():
-    run()
+  """Seconds of each program, run in turns after one run for compiling, which all do at the same time."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(lambda run: run(), programs.values()))
   seconds = {name: [] for name in programs}
   for _ in range(repeats):
     for name, run in programs.items():
@@ -116,23 +119,27 @@ class Window:
   once in it: when it is first drawn.
   """
 
-  def __init__(self, config: ConfigDict, dataset: Dataset, steps: int):
+  def __init__(self, config: ConfigDict, dataset: Dataset, network, steps: int, like: "Window | None" = None):
+    """Players start as those of `like`: compiling their initialisation takes longer than a window."""
     self.built = build_lib.build(config, dataset)
+    if like is not None:
+      params = like.start.params
+      self.built = self.built._replace(objective=self.built.objective._replace(init=lambda key, teacher: params))
     self.batch_size, self.steps, self._config = config.train.batch_size, steps, config
     built, self._root = self.built, jax.random.key(config.seed)
     self._batches = pipeline.batches(dataset, self.batch_size, config.seed, config.data.flip)
-    teacher = built.init_teacher(jax.random.key(1)) if built.init_teacher else ()
+    teacher = network if built.init_teacher else ()
     self._runner = parallel.make_runner("single", lambda axis: make_train_step(
         built.objective, built.distribution, built.optimizers, built.ema_decays, self.batch_size,
         config.states.rollout_params, axis), self.batch_size)
     self._frozen = self._runner.place_frozen({"teacher": teacher})
-    self._start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, self._root,
+    self.start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, self._root,
                              teacher, jax.tree.map(jnp.asarray, self._batches[0]))
     self.refreshes: dict[str, int] = {}
 
   def __call__(self) -> float:
     # A copy, since the step frees the state that it is given.
-    state = jax.block_until_ready(self._runner.place(jax.tree.map(jnp.copy, self._start)))
+    state = jax.block_until_ready(self._runner.place(jax.tree.map(jnp.copy, self.start)))
     began = time.perf_counter()
     for step in range(self.steps):
       batch = self._runner.place_batch(self._batches[step])
@@ -152,118 +159,111 @@ class Window:
             for name, part in zip(sources, parts) if isinstance(part, Replay)}
 
 
-def training(dataset: Dataset, size: Size) -> list[dict]:
+def training(dataset: Dataset, network, size: Size) -> list[dict]:
   """DDIL steps against base steps, and the steps a second of all base methods and of the teacher."""
   rows, rates = [], []
   for method in size.methods:
-    windows = {"base": Window(digits(method, size), dataset, size.window),
-               "ddil": Window(digits(method, size, "ddil"), dataset, size.window)}
-    if method == "dmd2":  # its own mixture has no teacher states
+    base = Window(digits(method, size), dataset, network, size.window)
+    windows = {"base": base}
+    if method != "teacher":
       mixed = digits(method, size, "ddil")
-      mixed.states.update(forward=0.5, student=0.25, teacher=0.25)
-      windows["ddil, priors .5/.25/.25"] = Window(mixed, dataset, size.window)
+      mixed.states.update(common.DDIL)  # also for DMD2, whose own mixture has no teacher states
+      windows["ddil"] = Window(mixed, dataset, network, size.window, base)
     seconds = alternate(windows, size.repeats)
-    for name in list(windows)[1:]:
-      rows.append(ratio(f"{method}: {name} step / base step", seconds, name, "base", DDIL_TARGET, method=method,
-                        steps=size.window, refreshes=windows[name].refreshes))
-    rates.append(_steps_per_second(method, windows["base"], seconds["base"]))
-  window = Window(digits("teacher", size), dataset, size.window)
-  rates.append(_steps_per_second("teacher", window, alternate({"teacher": window}, size.repeats)["teacher"]))
+    if "ddil" in windows:
+      rows.append(ratio(f"{method}: DDIL step / base step", seconds, "ddil", "base", DDIL_TARGET, method=method,
+                        steps=size.window, priors=common.DDIL, refreshes=windows["ddil"].refreshes,
+                        base_refreshes=base.refreshes))
+    rates.append(rate(f"{method}: training, batch {base.batch_size}", "steps/s", size.window, seconds["base"],
+                      method=method, batch_size=base.batch_size))
   return rows + rates
-
-
-def _steps_per_second(method: str, window: Window, seconds: list[float]) -> dict:
-  return rate(f"{method}: training, batch {window.batch_size}", "steps/s", window.steps, seconds, method=method,
-              batch_size=window.batch_size)
 
 
 # Sampling -----------------------------------------------------------------------------------
 
 
-def rollouts(dataset: Dataset, size: Size) -> list[dict]:
+def rollouts(dataset: Dataset, network, size: Size) -> list[dict]:
   """K-step scans of PD's DDIM and of LCM's re-noising against K forward passes, one after the other."""
   rows = []
-  for method, field in (("pd", "num_steps"), ("lcm", "sampler_steps")):
-    for steps in size.rollouts if method in size.methods else ():
-      config = digits(method, size)
-      config.objective[field] = steps
-      built, batch = build_lib.build(config, dataset), config.train.batch_size
-      objective = built.objective
-      params = objective.init(jax.random.key(0), built.init_teacher(jax.random.key(1)))["student"]
-      keys = jax.random.split(jax.random.key(2), batch)
-      cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
-      x_T = prior(built.parts.process, keys, jnp.zeros((batch,) + built.parts.image_shape))
-      times = [jnp.full(batch, t, jnp.float32) for t in objective.sampler_grid[:-1]]
+  for method, solver in (("pd", "DDIM"), ("lcm", "re-noising")):
+    if method not in size.methods:
+      continue
+    config = digits(method, size)
+    if method == "pd":
+      config.objective.num_steps = max(size.rollouts)
+    built, batch = build_lib.build(config, dataset), config.train.batch_size
+    forward = jax.jit(built.objective.student)
+    keys = jax.random.split(jax.random.key(2), batch)
+    cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
+    x_T = prior(built.parts.process, keys, jnp.zeros((batch,) + built.parts.image_shape))
+    for steps in size.rollouts:
+      sampler = build_lib.samplers(config, built, steps)[0]
+      times = [jnp.full(batch, t, jnp.float32) for t in sampler.grid[:-1]]
 
       @jax.jit
-      def scan(params, x, keys, objective=objective, built=built):
-        policy = objective.solver(built.parts.process, lambda *args: objective.student(params, *args))
-        return rollout(policy, x, objective.sampler_grid, cond, keys)
-
-      forward = jax.jit(objective.student)
+      def scan(params, x, keys, sampler=sampler):
+        return rollout(sampler.policy(params), x, sampler.grid, cond, keys)
 
       def scans():
         x = x_T
         for _ in range(size.inner):
-          x = scan(params, x, keys)
+          x = scan(network, x, keys)
         return x
 
       def forwards():
         x = x_T
         for _ in range(size.inner):
           for t in times:
-            x = forward(params, x, t, cond)
+            x = forward(network, x, t, cond)
         return x
 
       seconds = alternate({"scan": lambda: timed(scans), "forward passes": lambda: timed(forwards)}, size.repeats)
-      solver = {"pd": "DDIM", "lcm": "re-noising"}[method]
       rows.append(ratio(f"{solver} rollout of {steps} steps / {steps} forward passes", seconds, "scan",
                         "forward passes", ROLLOUT_TARGET, steps=steps, batch_size=batch, calls=size.inner))
   return rows
 
 
-def sampling(dataset: Dataset, size: Size) -> list[dict]:
+def sampling(dataset: Dataset, network, size: Size) -> list[dict]:
   """Images a second of every method's own sampler, at the demo's evaluation batch."""
   rows = []
-  for method in (*size.methods, "teacher"):
+  for method in size.methods:
     config = digits(method, size)
     built, batch = build_lib.build(config, dataset), config.eval.batch_size
     sampler = build_lib.samplers(config, built)[0]
-    teacher = built.init_teacher(jax.random.key(1)) if built.init_teacher else ()
-    params = built.objective.init(jax.random.key(0), teacher)["student"]
     keys = jax.random.split(jax.random.key(2), batch)
     cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
     sample = jax.jit(sampler.sample)
-    run = lambda: timed(lambda: sample(params, keys, cond))  # noqa: E731
+    run = lambda: timed(lambda: sample(network, keys, cond))  # noqa: E731
     rows.append(rate(f"{method}: sampling in {sampler.steps} steps, batch {batch}", "samples/s", batch,
                      alternate({"sample": run}, size.repeats)["sample"], method=method, steps=sampler.steps,
                      batch_size=batch))
   return rows
 
 
-def gradient_in_scan(dataset: Dataset, size: Size, count: int = 4) -> list[dict]:
-  """A curiosity: gradient steps in a `lax.scan` against the same steps called one by one."""
-  config = digits("pd", size)
-  built, batch = build_lib.build(config, dataset), config.train.batch_size
-  params = built.init_teacher(jax.random.key(1))
-  x = jax.random.normal(jax.random.key(2), (batch,) + built.parts.image_shape)
-  t = jnp.full(batch, 0.5)
+def gradient_in_scan(dataset: Dataset, network, size: Size, count: int = 20) -> list[dict]:
+  """A curiosity: steps along the gradient of one 3x3 convolution, in a `lax.scan` and called one by one."""
+  config = digits("teacher", size)
+  height, width, _ = dataset.images.shape[1:]
+  channels, batch = config.model.channels, config.train.batch_size
+  x = jax.random.normal(jax.random.key(0), (batch, height, width, channels))
+  start = jax.random.normal(jax.random.key(1), (3, 3, channels, channels)) / channels
 
-  def descend(params):
-    loss = lambda p: jnp.mean((built.objective.student(p, x, t, {}) - x) ** 2)  # noqa: E731
-    return jax.tree.map(lambda p, g: p - 1e-3 * g, params, jax.grad(loss)(params))
+  def descend(kernel, _=None):
+    loss = lambda k: jnp.mean(jax.lax.conv_general_dilated(  # noqa: E731
+        x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")) ** 2)
+    return kernel - 1e-3 * jax.grad(loss)(kernel), None
 
-  scan = jax.jit(lambda p: jax.lax.scan(lambda p, _: (descend(p), None), p, None, length=count)[0])
-  once = jax.jit(descend)
+  scan, once = jax.jit(lambda k: jax.lax.scan(descend, k, None, length=count)[0]), jax.jit(descend)
 
   def one_by_one():
-    p = params
+    kernel = start
     for _ in range(count):
-      p = once(p)
-    return p
+      kernel, _ = once(kernel)
+    return kernel
 
-  seconds = alternate({"scan": lambda: timed(lambda: scan(params)), "calls": lambda: timed(one_by_one)}, size.repeats)
-  return [ratio(f"{count} gradients in a lax.scan / {count} calls", seconds, "scan", "calls", None, batch_size=batch)]
+  seconds = alternate({"scan": lambda: timed(lambda: scan(start)), "calls": lambda: timed(one_by_one)}, size.repeats)
+  return [ratio("gradient of a convolution in a lax.scan / by calls", seconds, "scan", "calls", None, steps=count,
+                batch_size=batch)]
 
 
 # Output -------------------------------------------------------------------------------------
@@ -293,9 +293,11 @@ def main(argv: list[str] | None = None) -> int:
   config.data.data_dir = args.data_dir
   dataset = build_lib.load_data(config, "train")
 
+  # The network that the demo's teacher and students have; untrained, since time does not depend on its values.
+  network = build_lib.build(config, dataset).init_teacher(jax.random.key(1))
   rows = []
   for measure in (rollouts, training, sampling, gradient_in_scan):
-    rows += measure(dataset, size)
+    rows += measure(dataset, network, size)
     print(f"{measure.__name__}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   result = {
