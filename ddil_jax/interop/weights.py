@@ -1,0 +1,131 @@
+"""Published weights into Flax variables: files are read safely, names and shapes are checked."""
+
+import hashlib
+import json
+import pathlib
+import re
+
+import flax
+import jax
+import numpy as np
+import safetensors
+
+from ddil_jax.errors import UsageError
+
+# The last part of a Flax path in PyTorch's terms.
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def sha256(path) -> str:
+  """sha256 (hex) of a file. Raises UsageError if it cannot be read."""
+  try:
+    with open(path, "rb") as f:
+      return hashlib.file_digest(f, "sha256").hexdigest()
+  except OSError as e:
+    raise UsageError(f"cannot read {path}: {e.strerror}") from e
+
+
+def read_torch(path) -> dict[str, np.ndarray]:
+  """The tensors of a PyTorch state dict, float32, by torch's loader that builds nothing but tensors.
+
+  Raises:
+    UsageError: PyTorch is not installed; the file is damaged or holds other things than tensors.
+  """
+  try:
+    import torch
+  except ImportError as e:
+    raise UsageError(f"PyTorch is needed once, to read {path}: `pip install torch`"
+                     " (the converted file is read without it)") from e
+  try:
+    # Some published files hold tensors of a GPU.
+    content = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as e:  # torch raises many kinds for a damaged file or a forbidden object
+    raise UsageError(f"{path} is damaged or holds other things than tensors ({type(e).__name__})") from e
+  if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    raise UsageError(f"{path} holds no state dict: a dict of tensors is expected")
+  return {str(name): value.detach().float().numpy() for name, value in content.items()}
+
+
+def read_safetensors(path) -> dict[str, np.ndarray]:
+  """The tensors of a safetensors file, float32. Raises UsageError if it is absent or damaged."""
+  try:
+    with safetensors.safe_open(str(path), framework="numpy") as f:
+      return {name: f.get_tensor(name).astype(np.float32) for name in f.keys()}  # noqa: SIM118 (not a dict)
+  except (OSError, safetensors.SafetensorError, TypeError) as e:
+    raise UsageError(f"{path} is absent, damaged or no safetensors file of floats ({e})") from e
+
+
+def read_json(path) -> dict:
+  """A JSON object. Raises UsageError if there is none."""
+  try:
+    value = json.loads(pathlib.Path(path).read_text())
+  except (OSError, ValueError) as e:
+    raise UsageError(f"cannot read {path}: {e}") from e
+  if not isinstance(value, dict):
+    raise UsageError(f"{path} holds no JSON object")
+  return value
+
+
+def names(template, rename=()) -> dict[tuple[str, ...], str]:
+  """{path of a Flax variable: its published name}.
+
+      params/a/b/kernel -> a.b.weight      batch_stats/a/mean -> a.running_mean
+
+  Args:
+    template: variables of the module, as arrays or ShapeDtypeStructs.
+    rename: (pattern, replacement) pairs, applied to the name made from the path.
+  """
+  out = {}
+  for path in flax.traverse_util.flatten_dict(template):
+    name = ".".join(path[1:-1] + (_LEAVES.get(path[-1], path[-1]),))
+    for pattern, replacement in rename:
+      name = re.sub(pattern, replacement, name)
+    out[path] = name
+  return out
+
+
+def to_flax(template, tensors: dict[str, np.ndarray], what: str, rename=(), unused: str = "") -> dict:
+  """Variables of a module from tensors with PyTorch's names and layouts.
+
+      kernel [H,W,I,O] <- weight [O,I,H,W],   kernel [I,O] <- weight [O,I],   axes of length 1 do not count
+
+  Args:
+    template: as for `names`.
+    tensors: by their published names.
+    what: where they come from, to begin a message with.
+    rename: as for `names`.
+    unused: pattern of published names that are known and not needed.
+
+  Returns:
+    The variables, numpy float32.
+
+  Raises:
+    UsageError: lists tensors that are missing, unknown, of another shape, or not finite.
+  """
+  shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(template).items()}
+  wanted, found, problems = names(template, rename), {}, []
+  for path, name in wanted.items():
+    if name not in tensors:
+      problems.append(f"{name} is missing")
+      continue
+    x, shape = tensors[name], shapes[path]
+    if path[-1] == "kernel":
+      x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
+    if [n for n in x.shape if n != 1] != [n for n in shape if n != 1]:
+      problems.append(f"{name} has shape {tensors[name].shape}, which does not fit {shape}")
+    elif not np.isfinite(x).all():
+      problems.append(f"{name} has values that are not finite")
+    else:
+      found[path] = np.ascontiguousarray(x.reshape(shape), np.float32)
+  known = set(wanted.values())
+  problems += [f"{name} is unknown" for name in tensors
+               if name not in known and not (unused and re.fullmatch(unused, name))]
+  if problems:
+    more = f"; {len(problems) - 6} more such" if len(problems) > 6 else ""
+    raise UsageError(f"{what} does not fit: {'; '.join(problems[:6])}{more}")
+  return flax.traverse_util.unflatten_dict(found)
+
+
+def template(module, *arguments) -> dict:
+  """Shapes of a module's variables, without computing them; arguments as for `init`, shapes will do."""
+  return jax.eval_shape(module.init, jax.random.key(0), *arguments)
