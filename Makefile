@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean-venv
+.PHONY: demo test bench study clean-venv
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m launch.demo --workdir=runs/demo $(DEMO_FLAGS)
@@ -13,6 +13,12 @@ test: $(VENV)/.ready-test
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m launch.bench --out=bench/results.json
+
+study: $(VENV)/.ready
+	$(BIN)/python -m launch.study --all --workdir=runs/study $(STUDY_FLAGS)
+
+study-%: $(VENV)/.ready
+	$(BIN)/python -m launch.study $* --workdir=runs/study $(STUDY_FLAGS)
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

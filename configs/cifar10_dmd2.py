@@ -13,6 +13,8 @@ from configs import common
 from configs.cifar10_teacher import cifar10
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def one_step(config: ConfigDict) -> ConfigDict:
   """A student of one step, as in the paper."""
@@ -28,8 +30,9 @@ def ddil(config: ConfigDict) -> ConfigDict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = cifar10(common.common())
-  config.objective = ConfigDict(dict(name="dmd2", num_steps=4, period=5, critic_weight="snr_trunc", weight_cap=100.0,
-                                     gan_weight=3e-3, gan_critic_weight=1e-2))
+  config.objective = ConfigDict(dict(name="dmd2", num_steps=4, period=5, critic_weight="snr_trunc",
+                                     weight_cap=100.0, gan_weight=3e-3, gan_critic_weight=1e-2,
+                                     gan_balance="fixed"))
   config.states.update(forward=0.0, student=1.0)
   config.optimizer.update(name="adamw", learning_rate=1e-5, schedule="constant", warmup_steps=500, clip=10.0,
                           weight_decay=0.01)
@@ -39,5 +42,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep() -> list[dict]:
-  """Every source mixture and reflection, three seeds."""
-  return [{"arg": arg, "seed": seed} for arg in ("", "ddil", "reflected", "ddil,reflected") for seed in range(3)]
+  """Base, DDIL, reflected and both, three seeds."""
+  return product({"arg": common.VARIANTS, "seed": range(3)})

@@ -11,6 +11,8 @@ from configs import common
 from configs.cifar10_teacher import cifar10
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def guided(config: ConfigDict) -> ConfigDict:
   """Guidance scale drawn per sample and given to the student."""
@@ -22,8 +24,8 @@ def guided(config: ConfigDict) -> ConfigDict:
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = cifar10(common.common())
-  config.objective = ConfigDict(dict(name="lcm", num_scales=50, sampler_steps=4, distance="pseudo_huber", huber_c=1e-3,
-                                     target_decay=0.95, guidance_range=()))
+  config.objective = ConfigDict(dict(name="lcm", num_scales=50, sampler_steps=4, distance="pseudo_huber",
+                                     huber_c=1e-3, target_decay=0.95, guidance_range=()))
   config.optimizer.update(name="radam", learning_rate=4e-4, schedule="constant")
   config.train.update(steps=100_000, batch_size=256, ema=(0.9999,), checkpoint_every=5000)
   config.states.capacity = 16 * config.train.batch_size
@@ -32,5 +34,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep() -> list[dict]:
-  """Every source mixture and reflection, three seeds."""
-  return [{"arg": arg, "seed": seed} for arg in ("", "ddil", "reflected", "ddil,reflected") for seed in range(3)]
+  """Base, DDIL, reflected and both, three seeds."""
+  return product({"arg": common.VARIANTS, "seed": range(3)})

@@ -13,6 +13,8 @@ dropout .1 (theirs is unconditional), v-prediction (theirs is of x), the number 
 from configs import common
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def cifar10(config: ConfigDict) -> ConfigDict:
   """What every cifar10 config shares: the data and the network, without dropout."""
@@ -37,4 +39,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep() -> list[dict]:
   """Seeds of the teacher."""
-  return [{"seed": seed} for seed in range(3)]
+  return product({"seed": range(3)})

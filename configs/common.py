@@ -22,6 +22,7 @@ def common() -> ConfigDict:
       manual_dir="",  # where the user's files lie
       path="",  # for data.name = folder
       image_size=0,  # 0 keeps the set's own
+      fraction=1.0,  # of the training images, the same ones for every seed; evaluation sees all
       flip=False))
   config.process = ConfigDict(dict(name="cosine"))
   config.prediction = ConfigDict(dict(name="v"))
@@ -59,7 +60,8 @@ def common() -> ConfigDict:
       name="adam", learning_rate=3e-4, schedule="constant", warmup_steps=0, end=0.0, clip=1.0,
       critic_learning_rate=0.0))  # 0: the same as the student's
   config.train = ConfigDict(dict(
-      steps=10_000, batch_size=128, ema=(0.999,),
+      steps=10_000, batch_size=128,
+      ema=(0.999,), ema_warmup=True,  # averages forget their start: decay min(0.999, (1 + n) / (10 + n)) at update n
       stages=(),  # num_steps of each stage of progressive distillation; () is a single run
       log_every=100, eval_every=0, checkpoint_every=1000,  # 0: only at the end
       keep=2, keep_best=0, max_bad_steps=10,
@@ -67,14 +69,24 @@ def common() -> ConfigDict:
   config.eval = ConfigDict(dict(
       num_samples=2000, batch_size=500, ema="0.999",  # "raw": the student's own parameters
       sampler_steps=(),  # other step counts at which to evaluate too
+      sampler_times=(),  # a sampling grid of one's own instead: decreasing, its last entry the clean end
+      teacher_acts=(),  # sampling steps, from 0, that the teacher takes instead of the student
       guidance_scales=(),  # of a teacher, or of a student that reads the scale; () is teacher.guidance_scale
       metrics=("fd", "kd", "precision", "recall", "density", "coverage", "class_accuracy", "saturation"),
+      extractor="",  # "" is a small classifier trained on the set; or NAME:FILE of published weights, `ddil list`
+      lpips="",  # lpips-alex:FILE or lpips-vgg:FILE adds LPIPS-diversity
+      quantise=True,  # samples and reference to 8-bit levels before those two, as if they came from files
+      bootstrap=0,  # half-samples for an interval of every metric, 100 for instance; 0 is none
       shift_samples=500,  # of the covariate-shift curves; 0 is none
+      diagnose_every=0,  # steps between logs of the shift in training, and of DMD2's critic lag; 0 is never
+      shift_kinds=("state",),  # features: in feature space too; labels: the error of the teacher's labels
       reference="train",  # the split that samples are compared with
       seed=0))  # of the noise of all samples, the same in every run
   return config
 
 
+# What the paper compares: arguments of every student's config.
+VARIANTS = ("", "ddil", "reflected", "ddil,reflected")
 DDIL = dict(forward=0.5, student=0.25, teacher=0.25)
 
 

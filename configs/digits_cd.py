@@ -7,6 +7,8 @@ from configs import common
 from configs.digits_teacher import digits
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = digits(common.common())
@@ -20,4 +22,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep() -> list[dict]:
   """Grid sizes, three seeds."""
-  return [{"objective.num_scales": n, "seed": seed} for n in (9, 17, 33) for seed in range(3)]
+  return product({"objective.num_scales": (9, 17, 33), "seed": range(3)})

@@ -7,6 +7,8 @@ from configs import common
 from configs.digits_teacher import digits
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def guided(config: ConfigDict) -> ConfigDict:
   """The first stage's teacher is guided; later ones have it folded in."""
@@ -28,4 +30,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep() -> list[dict]:
   """Base, DDIL, reflected and both, three seeds."""
-  return [{"arg": arg, "seed": seed} for arg in ("", "ddil", "reflected", "ddil,reflected") for seed in range(3)]
+  return product({"arg": common.VARIANTS, "seed": range(3)})

@@ -10,6 +10,8 @@ from configs import common
 from configs.fashion_mnist_teacher import fashion_mnist
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def guided(config: ConfigDict) -> ConfigDict:
   """The first stage's teacher is guided; later ones have it folded in."""
@@ -28,5 +30,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep() -> list[dict]:
-  """Every source mixture and reflection, three seeds."""
-  return [{"arg": arg, "seed": seed} for arg in ("", "ddil", "reflected", "ddil,reflected") for seed in range(3)]
+  """Base, DDIL, reflected and both, three seeds."""
+  return product({"arg": common.VARIANTS, "seed": range(3)})

@@ -9,11 +9,14 @@ All numbers are ours: no paper that we follow has a recipe for this set.
 from configs import common
 from ml_collections import ConfigDict
 
+from ddil_jax.sweep import product
+
 
 def fashion_mnist(config: ConfigDict) -> ConfigDict:
   """What every fashion_mnist config shares: the data and the network."""
   config.data.name = "fashion_mnist"
-  config.model.update(channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,), num_heads=4)
+  config.model.update(channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7,),
+                      num_heads=4)
   config.eval.update(num_samples=5000, shift_samples=1000)
   return config
 
@@ -29,4 +32,4 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep() -> list[dict]:
   """Seeds of the teacher."""
-  return [{"seed": seed} for seed in range(3)]
+  return product({"seed": range(3)})

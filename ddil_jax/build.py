@@ -5,12 +5,14 @@ optimizers. Everything below it takes plain arguments.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from ddil_jax import keys as keys_lib
@@ -21,7 +23,8 @@ from ddil_jax.diffusion import grids, prediction, process, solvers, transforms
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation.results import METRICS
+from ddil_jax.evaluation import results
+from ddil_jax.interop import extractors
 from ddil_jax.models import base as models
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import UNet
@@ -33,9 +36,10 @@ from ddil_jax.states.mixture import mixture
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source, states_per_rollout
 from ddil_jax.training import optim
-from ddil_jax.types import Array, Cond, Denoiser, Params
+from ddil_jax.types import Array, Cond, Params
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHIFT_KINDS = ("state", "features", "labels")
 PROCESSES = {"cosine": process.cosine, "linear": process.linear, "stable_diffusion": process.stable_diffusion,
              "edm": process.edm, "flow": process.flow}
 
@@ -47,7 +51,7 @@ class Built(NamedTuple):
     parts: the networks and maths below the objective.
     objective, distribution: what is learned, on which states.
     optimizers: {player: optax.GradientTransformation}.
-    ema_decays: {name: decay}: the config's averages and the objective's targets.
+    ema_decays: {name: decay or schedule}: the config's averages and the objective's targets.
     init_teacher: key -> parameters of the teacher's architecture; None without a teacher.
     dataset: the training split.
   """
@@ -55,7 +59,7 @@ class Built(NamedTuple):
   objective: Objective
   distribution: StateDistribution
   optimizers: dict[str, Any]
-  ema_decays: dict[str, float]
+  ema_decays: dict[str, optax.ScalarOrSchedule]
   init_teacher: Callable[[Array], Params] | None
   dataset: Dataset
 
@@ -71,7 +75,8 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
   parts, init_teacher = make_parts(config, dataset)
   objective = make_objective(config, parts)
   distribution = make_states(config, parts, objective)
-  decays = {decay_name(d): float(d) for d in config.train.ema} | dict(objective.targets)
+  average = optim.warm_ema if config.train.ema_warmup else float
+  decays = {decay_name(d): average(d) for d in config.train.ema} | dict(objective.targets)
   if config.states.rollout_params != "raw" and config.states.rollout_params not in decays:
     raise UsageError(registry.unknown("states.rollout_params", config.states.rollout_params, ["raw", *decays]))
   if config.eval.ema != "raw" and config.eval.ema not in decays:
@@ -90,7 +95,7 @@ _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1)
              ("model.guidance_embedding", 0), ("model.dropout", 0), ("teacher.channels", 0),
              ("teacher.num_res_blocks", 0), ("optimizer.learning_rate", 0), ("optimizer.critic_learning_rate", 0),
              ("optimizer.warmup_steps", 0), ("optimizer.clip", 0), ("states.dagger_probability", 0),
-             ("eval.num_samples", 6), ("eval.batch_size", 1), ("eval.shift_samples", 0),
+             ("eval.num_samples", 6), ("eval.batch_size", 1), ("eval.shift_samples", 0), ("eval.diagnose_every", 0),
              ("objective.num_steps", 1), ("objective.sampler_steps", 1), ("objective.num_scales", 1))
 
 
@@ -117,11 +122,45 @@ def check_numbers(config: ConfigDict) -> None:
 def check_evaluation(config: ConfigDict, built: Built) -> None:
   """Raises UsageError for what would stop the evaluation, which comes after all the training."""
   samplers(config, built)
-  for metric in config.eval.metrics:
-    if metric not in METRICS:
-      raise UsageError(registry.unknown("metric in config.eval.metrics", metric, METRICS))
+  if config.eval.shift_samples == 1:
+    raise UsageError("config.eval.shift_samples=1: at least 2 samples are needed, or 0 for no covariate shift")
+  for kind in config.eval.shift_kinds:
+    if kind not in SHIFT_KINDS:
+      raise UsageError(registry.unknown("kind in config.eval.shift_kinds", kind, SHIFT_KINDS))
   if config.eval.reference not in pipeline.SPLITS:
     raise UsageError(registry.unknown("split config.eval.reference", config.eval.reference, pipeline.SPLITS))
+  images = len(built.dataset.images) if config.eval.reference == "train" else None
+  try:
+    results.check(config.eval.metrics, config.eval.num_samples, images, evaluation_options(config))
+    check_networks(config, built.parts.image_shape)
+    if config.eval.get("lpips", "") and config.eval.num_samples < 2 * built.parts.num_classes:
+      raise UsageError(f"LPIPS-diversity needs 2 samples of each of the {built.parts.num_classes} classes;"
+                       f" num_samples is {config.eval.num_samples}")
+  except UsageError as error:
+    raise UsageError(f"config.eval: {error}") from None
+
+
+def check_networks(config: ConfigDict, image_shape) -> None:
+  """Raises UsageError for published weights of config.eval that are not there, or do not do for such images."""
+  for field in ("extractor", "lpips"):
+    if text := config.eval.get(field, ""):
+      check_extractor(field, text, config.eval.metrics, image_shape)
+
+
+def check_extractor(field: str, text: str, metrics: tuple[str, ...], image_shape) -> None:
+  """Raises UsageError if the file of published weights is absent or damaged, or does not do for images or metrics."""
+  name, module, variables = extractors.from_config(text, True)
+  logits, _ = jax.eval_shape(module.apply, variables, jnp.zeros((1, *image_shape)))
+  if field == "extractor":
+    results.check_logits(set(metrics) - {"class_accuracy"}, logits.shape[-1], name)
+  elif not name.startswith("lpips"):
+    raise UsageError(f"lpips={text}: lpips-alex:FILE or lpips-vgg:FILE is expected")
+
+
+def evaluation_options(config: ConfigDict) -> results.Options:
+  """How the config wants metrics measured."""
+  # Configs of runs from before there was a bootstrap have no such field.
+  return results.Options(bootstrap=config.eval.get("bootstrap", 0), seed=config.eval.seed)
 
 
 def decay_name(decay: float) -> str:
@@ -312,6 +351,7 @@ class Sampler(NamedTuple):
     policy: params -> Policy.
     condition: cond -> cond of the sampler (a guidance scale for students that read it).
     sample: (params, keys [B], cond) -> images [B,H,W,C]; all noise comes from the keys.
+    with_teacher: the teacher takes some of the steps: the params of `sample` are (student's, teacher's).
   """
   steps: int
   guidance_scale: float
@@ -320,13 +360,15 @@ class Sampler(NamedTuple):
   policy: Callable[[Params], Policy]
   condition: Callable[[Cond], Cond]
   sample: Callable[[Params, Array, Cond], Array]
+  with_teacher: bool = False
 
 
 def samplers(config: ConfigDict, built: Built, steps: int | None = None) -> list[Sampler]:
   """The samplers with which a run is evaluated; with `steps`, only that step count.
 
   Raises:
-    UsageError: more steps than the student was trained for, guidance scales that it cannot take.
+    UsageError: more steps or other times than the student was trained for, a grid that does not decrease, guidance
+      scales that it cannot take.
   """
   counts = [steps] if steps is not None else [len(built.objective.sampler_grid) - 1, *config.eval.sampler_steps]
   scales = config.eval.guidance_scales or (config.teacher.guidance_scale,)
@@ -334,12 +376,54 @@ def samplers(config: ConfigDict, built: Built, steps: int | None = None) -> list
   if len(scales) > 1 and not reads_scale and built.objective.name != "denoising":
     raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has one scale folded in")
   folded = config.teacher.folded_guidance_scale
-  return [_sampler(built, n, float(g), reads_scale, folded) for n in dict.fromkeys(counts) for g in scales]
+  own = config.eval.sampler_times
+  walks = [_own_grid(built, own)] if own and steps is None else [_sampler_grid(built, n) for n in dict.fromkeys(counts)]
+  found = [_sampler(built, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
+  return [_with_teacher(built, sampler, config) for sampler in found] if config.eval.teacher_acts else found
 
 
-def _sampler(built: Built, steps: int, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
-  objective, parts = built.objective, built.parts
-  grid = _sampler_grid(built, steps)
+def _with_teacher(built: Built, sampler: Sampler, config: ConfigDict) -> Sampler:
+  """The sampler with the steps `eval.teacher_acts` taken by the teacher's DDIM, guided and reflected as in training."""
+  acts, steps = config.eval.teacher_acts, sampler.steps
+  if built.objective.teacher is None:
+    raise UsageError(f"config.eval.teacher_acts={acts}: objective '{built.objective.name}' has no teacher; set it to ()")
+  if not all(0 <= i < steps for i in acts):
+    raise UsageError(f"config.eval.teacher_acts={acts}: the steps of a sampler of {steps} are 0 to {steps - 1}")
+  turns = [i in acts for i in range(steps)]
+
+  def sample(params, keys, cond):
+    student, teacher = params
+    x = prior(built.parts.process, keys, jnp.zeros(keys.shape + built.parts.image_shape))
+    start = 0
+    for acting, turn in itertools.groupby(turns):
+      stop = start + len(list(turn))
+      policy = teacher_policy(built, teacher) if acting else sampler.policy(student)
+      x = rollout(policy, x, sampler.grid[start:stop + 1], sampler.condition(cond), keys_lib.numbered(keys, start))
+      start = stop
+    return x
+
+  guided = config.teacher.guidance_scale != 1
+  return sampler._replace(sample=sample, with_teacher=True,
+                          network_evaluations=sampler.network_evaluations + len(set(acts)) * guided)
+
+
+def _own_grid(built: Built, times: tuple[float, ...]) -> np.ndarray:
+  """A grid that the user gave; a student takes only times at which it was trained."""
+  try:
+    grid = grids.check_grid(times)
+  except UsageError as error:
+    raise UsageError(f"config.eval.sampler_times={times}: {error}") from None
+  if built.objective.name != "denoising":
+    trained = built.objective.grid
+    for t in grid[:-1]:
+      if not np.isclose(trained[:-1], t, rtol=1e-6, atol=1e-9).any():
+        raise UsageError(f"config.eval.sampler_times={times}: this student was not trained at {t:g}, but at "
+                         + ", ".join(f"{v:g}" for v in trained[:-1]))
+  return grid
+
+
+def _sampler(built: Built, grid: np.ndarray, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
+  objective, parts, steps = built.objective, built.parts, len(grid) - 1
   is_teacher = objective.name == "denoising"
 
   def policy(params):

@@ -22,6 +22,8 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> ConfigDict:
     UsageError: no such file, argument or field, or a value of a wrong type.
   """
   loaded = module(spec)
+  if not hasattr(loaded, "get_config"):
+    raise UsageError(f"config file {loaded.__file__} has no function get_config(arg)")
   try:
     config = loaded.get_config(spec.partition(":")[2] or None)
   except UsageError:
@@ -30,6 +32,16 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> ConfigDict:
     raise UsageError(f"config file {loaded.__file__}: get_config fails: {type(error).__name__}: {error}") from error
   if not isinstance(config, ConfigDict):
     raise UsageError(f"config file {loaded.__file__}: get_config gives {type(config).__name__}, not a ConfigDict")
+  for field, text in (overrides or {}).items():
+    override(config, field, text)
+  config.lock()
+  return config
+
+
+def defaults(overrides: dict[str, str] | None = None) -> ConfigDict:
+  """The fields that every config has, with overrides. Raises UsageError as `load`."""
+  from configs import common
+  config = common.common()
   for field, text in (overrides or {}).items():
     override(config, field, text)
   config.lock()
@@ -47,8 +59,6 @@ def module(spec: str):
     raise
   except Exception as error:  # the user's file: any error in it is theirs to see, in one line
     raise UsageError(f"config file {path} does not load: {type(error).__name__}: {error}") from error
-  if not hasattr(loaded, "get_config"):
-    raise UsageError(f"config file {path} has no function get_config(arg)")
   return loaded
 
 

@@ -1,4 +1,4 @@
-"""Command line: python -m ddil_jax <train | sample | evaluate | report | list> ... No logic here."""
+"""Command line: python -m ddil_jax <train | evaluate | sample | report | list | ...> ... No logic here."""
 
 import argparse
 import os
@@ -13,7 +13,9 @@ examples:
   python -m ddil_jax train --config=configs/digits_teacher.py --workdir=runs/teacher
   python -m ddil_jax train --config=configs/digits_pd.py:ddil --workdir=runs/pd --config.teacher.path=runs/teacher
   python -m ddil_jax sample --workdir=runs/pd/stage_4 --out=samples.png
+  python -m ddil_jax evaluate --shift --workdir=runs/pd/stage_4
   python -m ddil_jax report runs/teacher runs/pd --out=report.html
+  python -m ddil_jax evaluate --images=samples/ --reference=digits/train --out=results.json
 
 A second `train` in the same work directory continues the run. Any config field can be set with
 --config.FIELD=VALUE. Exit codes: 0 done, 1 the run failed (run it again to continue), 2 wrong usage,
@@ -34,24 +36,48 @@ def parser() -> argparse.ArgumentParser:
                 epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-  def command(name, text, config=True):
+  def command(name, text, config=True, workdir=True):
     sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     if config:
       sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file and its argument; `ddil list` shows them")
-      sub.add_argument("--workdir", required=True, metavar="DIR", help="everything of the run lies here")
+      if workdir:
+        sub.add_argument("--workdir", required=True, metavar="DIR", help="everything of the run lies here")
       sub.add_argument("--data_dir", metavar="DIR", help="where data sets are prepared (default: $DDIL_DATA or data/)")
     return sub
 
   command("train", "train a run to its end, or continue it").set_defaults(needs_config=True)
-  command("evaluate", "measure the newest checkpoint of a run again, and rewrite its results.json")
+  evaluate = command("evaluate", "measure the newest checkpoint of a run again, and rewrite its results.json; or measure"
+                     " images in files", workdir=False)
+  evaluate.add_argument("--workdir", metavar="DIR", help="the run")
+  evaluate.add_argument("--images", metavar="PATH", help="instead of a run: a folder of images of one size (sub-folders"
+                        " are classes), an .npy file, or an .npz file with images and labels")
+  evaluate.add_argument("--reference", metavar="PATH|SPLIT", help="what --images are compared with: images likewise, or"
+                        " a split of a data set, as digits/train")
+  evaluate.add_argument("--shift", action="store_true", help="of a run, measure the covariate shift only: write"
+                        " shift.json, and figures in shift/")
+  evaluate.add_argument("--out", metavar="FILE.json", help="of --images: where to write the result")
+  for flag, text in (("metrics", "names, separated by commas"), ("bootstrap", "half-samples for intervals"),
+                     ("extractor", "of the features")):
+    evaluate.add_argument(f"--{flag}", help=f"{text}; the same as --config.eval.{flag}")
   sample = command("sample", "draw images from the newest checkpoint of a run")
   sample.add_argument("--out", default="samples.png", metavar="FILE.png")
   sample.add_argument("--num_samples", type=int, default=40)
   sample.add_argument("--steps", type=int, help="sampling steps (default: as trained)")
   sample.add_argument("--seed", type=int, default=0)
-  report = command("report", "draw tables and figures of runs as one HTML file", config=False)
-  report.add_argument("runs", nargs="+", metavar="RUN")
+  report = command("report", "compare runs: tables and figures as one HTML file", config=False)
+  report.add_argument("runs", nargs="+", metavar="RUN", help="a run, a directory of runs, or a sweep")
   report.add_argument("--out", default="report.html", metavar="FILE.html")
+  report.add_argument("--metric", help="which metric the tables compare, by kind or full name (default: fd)")
+  report.add_argument("--baseline", metavar="SETTING", help="what settings are compared with: a label as the tables"
+                      " have it, or FIELD=VALUE (default: the variant base, or else the first setting)")
+  report.add_argument("--table", metavar="FILE.md|.csv", help="write the comparison to this file too")
+  report.add_argument("--figures", metavar="DIR", help="write every figure as SVG and PNG too")
+  convert = command("convert-extractor", "convert published weights of an image network for config.eval.extractor",
+                    config=False)
+  convert.add_argument("--kind", required=True, help="inception, lpips-alex, lpips-vgg or clip")
+  convert.add_argument("sources", nargs="+", metavar="SOURCE",
+                       help="published files as they are; LPIPS: the backbone's, then the heads'; CLIP: its folder")
+  convert.add_argument("--out", required=True, metavar="FILE.safetensors")
   command("list", "list configs, data sets and parts", config=False)
   return top
 
@@ -60,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
   """Runs a command and returns the exit code."""
   try:
     args, rest = parser().parse_known_args(argv)
-    return _run(args, _overrides(rest, args.command))
+    return _run(args, overrides_of(rest, args.command))
   except UsageError as error:
     return _fail(EXIT_USAGE, error)
   except RunError as error:
@@ -78,11 +104,11 @@ def _fail(code: int, message) -> int:
   return code
 
 
-def _overrides(rest: list[str], command: str) -> dict[str, str]:
+def overrides_of(rest: list[str], command: str) -> dict[str, str]:
   overrides = {}
   words = iter(rest)
   for word in words:
-    if not word.startswith("--config.") or command in ("report", "list"):
+    if not word.startswith("--config.") or command in ("report", "convert-extractor", "list"):
       raise UsageError(f"unknown argument '{word}'; `ddil {command} --help` shows what there is")
     field, equals, value = word.removeprefix("--config.").partition("=")
     value = value if equals else next(words, None)
@@ -99,13 +125,21 @@ def _run(args, overrides) -> int:
     return _list()
   if args.command == "report":
     from ddil_jax.evaluation import report
-    report.write_report(args.runs, args.out)
+    print(report.report(args.runs, args.out, args.baseline, args.metric, args.figures, args.table))
+    return 0
+  if args.command == "convert-extractor":
+    from ddil_jax.interop import extractors
+    extractors.convert(args.kind, args.sources, args.out)
     print(f"wrote {args.out}")
     return 0
 
   from ddil_jax import config as config_lib
   from ddil_jax import runs
   from ddil_jax.training.loop import Stopped
+  if args.command == "evaluate":
+    overrides |= _shorthands(args)
+    if args.images:
+      return _evaluate_files(args, overrides)
   if args.config:
     config = config_lib.load(args.config, overrides)
   elif getattr(args, "needs_config", False):
@@ -119,6 +153,10 @@ def _run(args, overrides) -> int:
   try:
     if args.command == "train":
       rows = runs.train(config, args.workdir)
+    elif args.command == "evaluate" and args.shift:
+      from ddil_jax.evaluation import shift_figures
+      print(shift_figures.table(runs.evaluate_shift(config, args.workdir)))
+      return 0
     elif args.command == "evaluate":
       rows = runs.evaluate(config, args.workdir)
     else:
@@ -131,15 +169,46 @@ def _run(args, overrides) -> int:
   return 0
 
 
+def _shorthands(args) -> dict[str, str]:
+  """--metrics=fd,kd and the like as overrides; UsageError for arguments that do not go together."""
+  if bool(args.workdir) == bool(args.images):
+    raise UsageError("evaluate needs either --workdir=DIR, a run, or --images=PATH with --reference=PATH|SPLIT")
+  for name, needs in (("reference", "images"), ("out", "images"), ("shift", "workdir"), ("images", "reference")):
+    if getattr(args, name) and not getattr(args, needs):
+      raise UsageError(f"--{name} needs --{needs}; `ddil evaluate --help` shows what there is")
+  given = {f"eval.{name}": getattr(args, name) for name in ("metrics", "bootstrap", "extractor") if getattr(args, name)}
+  if args.metrics:
+    given["eval.metrics"] = repr(tuple(filter(None, map(str.strip, args.metrics.split(",")))))
+  return given
+
+
+def _evaluate_files(args, overrides) -> int:
+  from ddil_jax import config as config_lib
+  from ddil_jax import runs
+  if args.data_dir:
+    overrides["data.data_dir"] = args.data_dir
+  config = config_lib.load(args.config, overrides) if args.config else config_lib.defaults(overrides)
+  own_data = bool(args.config) or "data.name" in overrides
+  result = runs.evaluate_files(config, args.images, args.reference, args.out, "eval.metrics" in overrides, own_data)
+  print(f"{result['num']:,} images against {result['num_reference']:,}; {result['seconds']:.0f} s,"
+        f" {result['peak_memory_mib']:,} MiB at most")
+  for name, value in result["metrics"].items():
+    bounds = result["intervals"].get(name)
+    print(f"{name:60} {value:12.6g}" + (f"  [{bounds['low']:.6g}, {bounds['high']:.6g}]" if bounds else ""))
+  return 0
+
+
 def _list() -> int:
   from ddil_jax import config as config_lib
   from ddil_jax import registry
   from ddil_jax.data import pipeline
   from ddil_jax.diffusion import prediction, solvers, transforms
+  from ddil_jax.interop.extractors import NAMES
   from ddil_jax.states.base import SOURCES
   groups = {"configs": config_lib.available(), "data sets": pipeline.names(), "objectives": registry.names("objectives"),
             "state sources": SOURCES, "predictions": sorted(prediction.PREDICTIONS),
-            "solvers": sorted(solvers.SOLVERS), "transforms": sorted(transforms.PROJECTIONS)}
+            "solvers": sorted(solvers.SOLVERS), "transforms": sorted(transforms.PROJECTIONS),
+            "extractors": sorted(NAMES)}
   for what, entries in groups.items():
     print(f"{what}: {', '.join(entries)}")
   return 0

@@ -14,27 +14,29 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
+from ddil_jax import files
+from ddil_jax import keys as keys_lib
+from ddil_jax import measure as measure_lib
+from ddil_jax import measure_files
+from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
-from ddil_jax.diffusion.process import add_noise
-from ddil_jax.diffusion.rollout import prior, rollout
-from ddil_jax.errors import RunError, UsageError
-from ddil_jax.evaluation import covariate_shift, features, grids, results, sampling
+from ddil_jax.errors import UsageError
+from ddil_jax.evaluation import grids, sampling
 from ddil_jax.models import base as models
-from ddil_jax.models.classifier import Classifier
 from ddil_jax.training import checkpoint, loop, parallel
 from ddil_jax.training import params as params_lib
 from ddil_jax.training import workdir as workdir_lib
 from ddil_jax.training import logging as log_lib
-from ddil_jax.training.step import due_players, init_state, make_train_step
+from ddil_jax.training.step import due_players, init_state, make_diagnose, make_train_step
 
 # Fields that may differ when a run is resumed.
 MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep", "train.keep_best",
               "eval", "data.data_dir", "data.manual_dir")
+_DIAGNOSE_BATCHES = 8  # over which the objective's own measurements are averaged
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=print) -> list[dict]:
@@ -64,7 +66,8 @@ def _train_one(config, workdir, fit_together, may_change, say):
 
 
 def _claim(config, workdir, may_change, say):
-  claimed = workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=may_change)
+  claimed = workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=may_change,
+                                defaults=config_lib.to_dict(config_lib.defaults()))
   if claimed.new_versions:
     changes = "; ".join(f"{name} {then} -> {now}" for name, (then, now) in claimed.new_versions.items())
     say(f"other versions than at the start of this run, results need not be the same to the bit: {changes}")
@@ -86,7 +89,7 @@ def _train_stages(config, workdir, teacher, say):
       name = f"stage_{stage.objective.num_steps}"
       stage_rows = _train_one(stage, workdir / name, fit_together, may_change, say)
       rows += [row | {"samples": f"{name}/{row['samples']}"} for row in stage_rows]
-    workdir_lib.write_json_atomic(workdir / "results.json", rows)
+    files.write_json(workdir / "results.json", rows)
   return rows
 
 
@@ -121,18 +124,29 @@ class _Setup(NamedTuple):
 
 def _fit_together(config, teacher, say) -> _Setup:
   """Everything that can find a mistake of the user, before anything is written."""
-  built = build_lib.build(config)
+  alike = config.copy_and_resolve_references().unlock()
+  alike.seed, alike.teacher.path = 0, ""
+  alike.data.data_dir = str(pathlib.Path(config.data.data_dir or pipeline.default_data_dir()).resolve())
+  built, runner = _built(json.dumps(config_lib.to_dict(alike), sort_keys=True))
   say(pipeline.preflight(built.dataset)["summary"])
   teacher = load_teacher(config, built) if teacher is None else teacher
-  batches = pipeline.batches(built.dataset, config.train.batch_size, config.seed, config.data.flip)
+  batches = pipeline.batches(pipeline.subset(built.dataset, config.data.fraction), config.train.batch_size,
+                             config.seed, config.data.flip)
+  jax.eval_shape(built.objective.init, jax.random.key(config.seed), teacher)
+  return _Setup(built, teacher, batches, runner)
+
+
+@functools.lru_cache(maxsize=4)  # the stages of one setting
+def _built(text: str) -> tuple[build_lib.Built, parallel.Runner]:
+  """Parts and compiled step of a config as JSON. The seeds of a sweep differ in neither, so they compile once."""
+  config = config_lib.from_dict(json.loads(text))
+  built = build_lib.build(config)
 
   def make_step(axis_name):
     return make_train_step(built.objective, built.distribution, built.optimizers, built.ema_decays,
                            config.train.batch_size, config.states.rollout_params, axis_name)
 
-  runner = parallel.make_runner(config.train.parallel, make_step, config.train.batch_size)
-  jax.eval_shape(built.objective.init, jax.random.key(config.seed), teacher)
-  return _Setup(built, teacher, batches, runner)
+  return built, parallel.make_runner(config.train.parallel, make_step, config.train.batch_size)
 
 
 def _train(config, workdir, setup, say):
@@ -167,11 +181,13 @@ def _train(config, workdir, setup, say):
       checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
-      rows = evaluate_params(config, built, student_params(state, config.eval.ema), teacher,
+      rows = measure_lib.measure(config, built, student_params(state, config.eval.ema), teacher,
                              workdir / "samples" / f"step_{step}", shift=False)
       metrics = rows[0]["metrics"]  # of the first sampler, the student as it was trained
       writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
       return {name.partition("@")[0]: value for name, value in metrics.items()}
+
+    diagnose = _diagnose(config, built, teacher, batches, writer.write)
 
     def dump(step, state):
       path = workdir / f"dump-{step}.safetensors"
@@ -179,14 +195,35 @@ def _train(config, workdir, setup, say):
       return str(path)
 
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
-                             config.train.checkpoint_every, config.train.max_bad_steps)
+                             config.train.checkpoint_every, config.train.max_bad_steps, config.eval.diagnose_every)
     clock.start(start)
     state = loop.run_loop(runner, functools.partial(due_players, built.objective), runner.place(state),
                           runner.place_frozen({"teacher": teacher}), batches, root, settings,
-                          loop.Hooks(log, save, evaluate_now, dump))
+                          loop.Hooks(log, save, evaluate_now, dump, diagnose))
     state = runner.fetch(state)
     seconds = clock.total()
   return write_results(config, built, student_params(state, config.eval.ema), teacher, workdir, seconds)
+
+
+def _diagnose(config, built, teacher, batches, write):
+  """The hook that logs the drift of the covariate shift and what the objective measures of itself."""
+  own = jax.jit(make_diagnose(built.objective, built.distribution, config.train.batch_size, config.states.rollout_params))
+  key = keys_lib.named(jax.random.key(config.seed), "diagnose")  # other draws than those of the step
+
+  @functools.cache
+  def probe():  # made when it is first needed: it walks the teacher
+    return shift_lib.probe(config, built, build_lib.samplers(config, built)[0], teacher)
+
+  def diagnose(step, state):
+    several = range(_DIAGNOSE_BATCHES if built.objective.diagnose else 0)
+    values = loop.summarise([own(state, {"teacher": teacher}, batches[step + i], jax.random.fold_in(key, i))
+                             for i in several])
+    if config.eval.shift_samples and built.objective.teacher is not None:
+      values |= probe().drift(student_params(state, config.eval.ema))
+    if values:
+      write(step, values)
+
+  return diagnose
 
 
 class _Clock:
@@ -239,101 +276,11 @@ def _load_student(path, average: str) -> checkpoint.Loaded:
 # Evaluation ---------------------------------------------------------------------------------
 
 
-def variant(config: ConfigDict, built: build_lib.Built) -> str:
-  """base, +ddil, +reflected or +ddil+reflected."""
-  ddil = built.distribution.sources != (built.objective.own_source,)
-  return ("+ddil" * ddil + "+reflected" * (config.reflect.kind != "identity")) or "base"
-
-
-def evaluate_params(config, built, params, teacher, samples_dir: pathlib.Path | None = None, shift: bool = True,
-                    seconds: float = 0.0) -> list[dict]:
-  """One row per step count and guidance scale: metrics, covariate shift, a sample grid."""
-  extractor = load_extractor(config, built.dataset)
-  reference = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
-  classes = built.dataset.num_classes
-  metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
-  labels = sampling.balanced_labels(config.eval.num_samples, classes)
-  rows = []
-  for sampler in build_lib.samplers(config, built):
-    images = sampling.sample_images(_draw_with(sampler, params), config.eval.num_samples, built.parts.image_shape,
-                                    config.eval.seed, labels, config.eval.batch_size)
-    if not np.isfinite(images).all():
-      raise RunError(f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
-    values = results.evaluate(images, labels if classes > 1 else None, reference.images, config.eval.reference,
-                              extractor, metrics, cache_dir(config))
-    teacher_run = config.objective.name == "denoising"
-    row = {"objective": "teacher" if teacher_run else config.objective.name,
-           "variant": "" if teacher_run else variant(config, built), "steps": sampler.steps, "seed": config.seed,
-           "guidance_scale": sampler.guidance_scale, "metrics": values, "shift": [],
-           "network_evaluations": sampler.network_evaluations, "seconds": round(seconds, 2), "samples": ""}
-    if shift and config.eval.shift_samples and built.objective.teacher is not None:
-      row["shift"] = measure_shift(config, built, params, teacher, sampler)
-    if samples_dir is not None:
-      name = f"{sampler.steps}_steps_g{sampler.guidance_scale:g}.png"
-      shown = images[:4 * min(classes, 10)] if classes > 1 else images[:40]
-      grids.save_png(samples_dir / name, grids.image_grid(shown, columns=10, scale=max(1, 32 // images.shape[1])))
-      row["samples"] = f"{samples_dir.name}/{name}"
-    rows.append(row)
-  return rows
-
-
-def _draw_with(sampler: build_lib.Sampler, params):
-  """(keys, labels) -> images; parameters are an argument of the compiled program, so that it is one for all runs."""
-  draw = jax.jit(lambda params, keys, label: sampler.sample(params, keys, {"label": label}))
-  return functools.partial(draw, params)
-
-
 def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds: float) -> list[dict]:
   """Evaluates, and writes `results.json` and `samples/`."""
-  rows = evaluate_params(config, built, params, teacher, workdir / "samples", seconds=seconds)
-  workdir_lib.write_json_atomic(workdir / "results.json", rows)
+  rows = measure_lib.measure(config, built, params, teacher, workdir / "samples", seconds=seconds)
+  files.write_json(workdir / "results.json", rows)
   return rows
-
-
-def cache_dir(config) -> pathlib.Path:
-  """Where extractors and reference features are kept: beside the data."""
-  return pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
-
-
-def load_extractor(config, dataset):
-  """The small classifier of a data set, trained once and kept beside the data."""
-  cache = cache_dir(config)
-  options = {"steps": 10} if config.data.name == "fake" else {}
-  return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
-                                   dataset.num_classes, cache, f"{dataset.name}-cnn", **options)
-
-
-def measure_shift(config, built, params, teacher, sampler) -> list[dict]:
-  """Covariate shift at the student's sampling times, see `evaluation.covariate_shift`."""
-  n, process, data = config.eval.shift_samples, built.parts.process, built.dataset
-  rng = np.random.default_rng(config.eval.seed)
-  index = rng.permutation(len(data.images))
-  # Distinct images for the marginal and for its floor: copies would look like a shift.
-  n = min(n, len(index) // 2)
-  first, second = index[:n], index[n:2 * n]
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(config.eval.seed + 1), jnp.arange(n))
-  cond = {"label": jnp.asarray(data.labels[first])}
-  grid = sampler.grid
-  # The teacher walks its own grid, which passes through the student's times.
-  own = built.parts.make_grid(config.states.teacher_steps)
-  fine = np.unique(np.concatenate([grid, own]).round(9))[::-1]
-  at = [int(np.argmin(abs(fine - t))) for t in grid]
-
-  def paths(params, teacher, keys, cond):
-    x_T = prior(process, keys, jnp.zeros((n,) + built.parts.image_shape))
-    walk = build_lib.teacher_policy(built, teacher)
-    return (rollout(sampler.policy(params), x_T, grid, sampler.condition(cond), keys, path=True),
-            rollout(walk, x_T, fine, sampler.condition(cond), keys, path=True)[jnp.asarray(at)])
-
-  student_path, teacher_path = jax.device_get(jax.jit(paths)(params, teacher, keys, cond))
-
-  def forward_path(images, seed):
-    eps = np.random.default_rng([config.eval.seed, seed]).standard_normal(images.shape).astype(np.float32)
-    noisy = lambda t: add_noise(process, jnp.asarray(images), jnp.asarray(eps), jnp.full(n, t, jnp.float32))  # noqa: E731
-    return np.stack([np.asarray(noisy(t)) for t in grid])
-
-  return covariate_shift.shift_curves(student_path, teacher_path, forward_path(data.images[first], 1), grid,
-                                      forward_path(data.images[second], 2))
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:
@@ -343,6 +290,56 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list
   params, meta = _trained(config, built, workdir)
   say(f"evaluating {workdir} with {config.eval.num_samples} samples")
   return write_results(config, built, params, load_teacher(config, built), workdir, meta.get("seconds", 0.0))
+
+
+def evaluate_shift(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:
+  """Measures the covariate shift of a run's newest checkpoint: `shift.json`, and figures in `shift/`.
+
+  Returns:
+    The rows of `shift.json`: like those of `results.json`, without what was not measured.
+
+  Raises:
+    UsageError: a run without a teacher, or a config that leaves the shift out.
+  """
+  # Not at the top: matplotlib takes long to import, and no other part of a run draws.
+  from ddil_jax.evaluation import report_figures, shift_figures
+  workdir = pathlib.Path(workdir)
+  built = build_lib.build(config)
+  if built.objective.teacher is None:
+    raise UsageError(f"{workdir} is a teacher's run: covariate shift is that of a student; give a student's run")
+  if not config.eval.shift_samples:
+    raise UsageError("config.eval.shift_samples=0 leaves the covariate shift out; set it to 500, for instance")
+  if config.eval.teacher_acts:
+    raise UsageError("config.eval.teacher_acts mixes two policies: covariate shift is that of the student; set it to ()")
+  params, _ = _trained(config, built, workdir)
+  teacher = load_teacher(config, built)
+  say(f"measuring the covariate shift of {workdir} with {config.eval.shift_samples} samples")
+  extractor = measure_lib.load_networks(config, built.parts.image_shape, (), built.dataset).extractor
+  rows = [measure_lib.what(config, built, sampler)
+          | {"shift": shift_lib.probe(config, built, sampler, teacher).rows(params, extractor.features)}
+          for sampler in build_lib.samplers(config, built)]
+  files.write_json(workdir / "shift.json", rows)
+  log = workdir / "metrics.jsonl"
+  drawings = shift_figures.draw(rows, log_lib.read_metrics(log) if log.exists() else [])
+  report_figures.save(drawings, workdir / "shift")
+  say(f"wrote {workdir}/shift.json and {len(drawings)} figure(s) in {workdir}/shift")
+  return rows
+
+
+def measured(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
+  """The rows of a run's newest checkpoint under a config of one's own; writes nothing."""
+  built = build_lib.build(config)
+  params, meta = _trained(config, built, workdir)
+  return measure_lib.measure(config, built, params, load_teacher(config, built), seconds=meta.get("seconds", 0.0))
+
+
+def evaluate_files(config: ConfigDict, path: str, reference: str, out: str | pathlib.Path | None = None,
+                   own_metrics: bool = False, own_data: bool = False) -> dict:
+  """Measures images in files, see `measure_files.measure_files`, and writes the result to `out`."""
+  result = measure_files.measure_files(config, path, reference, own_metrics, own_data)
+  if out:
+    files.write_json(out, result)
+  return result
 
 
 def _trained(config, built, workdir):
@@ -371,7 +368,8 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   params, _ = _trained(config, built, workdir)
   chosen = build_lib.samplers(config, built, steps)[0]
   labels = sampling.balanced_labels(num_samples, built.dataset.num_classes)
-  images = sampling.sample_images(_draw_with(chosen, params), num_samples, built.parts.image_shape, seed, labels,
+  draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None)
+  images = sampling.sample_images(draw, num_samples, built.parts.image_shape, seed, labels,
                                   min(num_samples, config.eval.batch_size))
   grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
   return pathlib.Path(out)
@@ -381,10 +379,11 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
   """The resolved config of a run. Raises UsageError where there is none."""
   path = pathlib.Path(workdir) / "config.json"
   try:
-    return config_lib.from_dict(json.loads(path.read_text()))
+    saved = json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
     raise UsageError(f"{workdir} is no run directory: it has no config.json; train a run there first") from None
   except OSError as error:
     raise UsageError(f"cannot read {path}: {error.strerror}") from None
   except json.JSONDecodeError as error:
     raise UsageError(f"{path} is not valid JSON: {error}") from None
+  return config_lib.from_dict(workdir_lib.with_defaults(saved, config_lib.to_dict(config_lib.defaults())))

@@ -11,7 +11,8 @@ Keys `keys` are typed JAX keys of shape [B], one per example, so that a draw doe
 not depend on how the batch is laid out over devices.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -43,3 +44,23 @@ class DenoiseFn(Protocol):
   """A denoiser with its parameters bound: `(x_t [B,H,W,C], t [B], cond) -> x0 [B,H,W,C]`."""
 
   def __call__(self, x_t: Array, t: Array, cond: Cond) -> Array: ...
+
+
+class Devices(NamedTuple):
+  """Over which devices something without a TrainState is spread, an evaluation for instance.
+
+  Attributes:
+    count: of devices.
+    split: tree of arrays [B, ...] -> the same, split along axis 0; B is a multiple of `count`.
+    whole: tree of arrays -> the same with a copy on every device.
+  """
+  count: int
+  split: Callable[[Any], Any]
+  whole: Callable[[Any], Any]
+
+  def round_up(self, batch_size: int) -> int:
+    """The smallest multiple of `count` that is at least `batch_size`."""
+    return -(-batch_size // self.count) * self.count
+
+
+ONE_DEVICE = Devices(1, jax.device_put, jax.device_put)

@@ -1,10 +1,11 @@
 """Overheads and speeds, measured in one run: a rollout beside its forward passes, a DDIL step beside the
-base step, and how fast the demo's networks train and sample.
+base step, how fast the demo's networks train and sample, and what it takes to measure 50,000 images.
 
     python -m launch.bench --out=bench/results.json
 
 Programs that are compared run in turns (A B A B ...), since the speed of a machine drifts; a ratio is the
-median over these pairs. One process, on all cores that it may use.
+median over these pairs. One process, on all cores that it may use; the evaluation has one of its own.
+`--only=evaluation` measures one part.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import concurrent.futures
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,6 +26,7 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 from configs import common  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
@@ -37,9 +41,10 @@ from ddil_jax.states.rollouts import states_per_rollout  # noqa: E402
 from ddil_jax.training import parallel  # noqa: E402
 from ddil_jax.training.logging import versions  # noqa: E402
 from ddil_jax.training.step import due_players, init_state, make_train_step  # noqa: E402
-from ddil_jax.training.workdir import write_json_atomic  # noqa: E402
+from ddil_jax.files import read_json, write_json  # noqa: E402
 
 ROLLOUT_TARGET, DDIL_TARGET = 1.1, 1.25
+EVALUATION_SECONDS, EVALUATION_MIB = 600, 2048  # of 50,000 images 32x32 on two cores
 # A program runs once and says how many seconds that took.
 Program = Callable[[], float]
 
@@ -53,6 +58,7 @@ class Size(NamedTuple):
     inner: rollouts, forward passes and gradients of one measurement.
     rollouts: step counts K.
     methods: configs of the demo.
+    images, side: how many images are measured, of how many pixels a side.
     smoke: networks as small as can be, on fake data.
   """
   repeats: int = 5
@@ -60,10 +66,12 @@ class Size(NamedTuple):
   inner: int = 5
   rollouts: tuple[int, ...] = (4, 8)
   methods: tuple[str, ...] = ("teacher", "pd", "lcm", "dmd2")
+  images: int = 50_000
+  side: int = 32
   smoke: bool = False
 
 
-SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), smoke=True)
+SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), images=64, side=4, smoke=True)
 
 
 def digits(name: str, size: Size, *args: str) -> ConfigDict:
@@ -75,10 +83,12 @@ def digits(name: str, size: Size, *args: str) -> ConfigDict:
   return config
 
 
-def alternate(programs: dict[str, Program], repeats: int) -> dict[str, list[float]]:
-  """Seconds of each program, run in turns after one run for compiling, which all do at the same time."""
+def alternate(programs: dict[str, Program], repeats: int,
+              warm_ups: list[Program] | None = None) -> dict[str, list[float]]:
+  """Seconds of each program, run in turns. Before that all are compiled at the same time, by running
+  them once, or by `warm_ups`."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    list(pool.map(lambda run: run(), programs.values()))
+    list(pool.map(lambda run: run(), warm_ups or programs.values()))
   seconds = {name: [] for name in programs}
   for _ in range(repeats):
     for name, run in programs.items():
@@ -93,7 +103,8 @@ def timed(work: Callable[[], object]) -> float:
   return time.perf_counter() - began
 
 
-def ratio(name: str, seconds: dict[str, list[float]], first: str, second: str, target: float | None, **about) -> dict:
+def ratio(name: str, seconds: dict[str, list[float]], first: str, second: str, target: float | None,
+          **about) -> dict:
   """A row: how many times the seconds of `second` those of `first` are."""
   pairs = [a / b for a, b in zip(seconds[first], seconds[second])]
   value = statistics.median(pairs)
@@ -105,8 +116,8 @@ def ratio(name: str, seconds: dict[str, list[float]], first: str, second: str, t
 def rate(name: str, unit: str, count: int, seconds: list[float], **about) -> dict:
   """A row: how many a second."""
   return {"name": name, "unit": unit, "value": round(count / statistics.median(seconds), 2),
-          "low": round(count / max(seconds), 2), "high": round(count / min(seconds), 2), "target": None, "met": None,
-          **about}
+          "low": round(count / max(seconds), 2), "high": round(count / min(seconds), 2), "target": None,
+          "met": None, **about}
 
 
 # Training -----------------------------------------------------------------------------------
@@ -123,8 +134,8 @@ class Window:
     """Players start as those of `like`: compiling their initialisation takes longer than a window."""
     self.built = build_lib.build(config, dataset)
     if like is not None:
-      params = like.start.params
-      self.built = self.built._replace(objective=self.built.objective._replace(init=lambda key, teacher: params))
+      objective = self.built.objective._replace(init=lambda key, teacher: like.start.params)
+      self.built = self.built._replace(objective=objective)
     self.batch_size, self.steps, self._config = config.train.batch_size, steps, config
     built, self._root = self.built, jax.random.key(config.seed)
     self._batches = pipeline.batches(dataset, self.batch_size, config.seed, config.data.flip)
@@ -133,21 +144,29 @@ class Window:
         built.objective, built.distribution, built.optimizers, built.ema_decays, self.batch_size,
         config.states.rollout_params, axis), self.batch_size)
     self._frozen = self._runner.place_frozen({"teacher": teacher})
-    self.start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, self._root,
-                             teacher, jax.tree.map(jnp.asarray, self._batches[0]))
+    self.start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays,
+                            self._root, teacher, jax.tree.map(jnp.asarray, self._batches[0]))
     self.refreshes: dict[str, int] = {}
 
   def __call__(self) -> float:
+    seconds, state = self._run(self.steps)
+    self.refreshes = self._count_refreshes(state.dist)
+    return seconds
+
+  def warm_up(self) -> float:
+    """The first two steps: at one of them all players learn, at the other those of period 1."""
+    return self._run(2)[0]
+
+  def _run(self, steps: int):
     # A copy, since the step frees the state that it is given.
     state = jax.block_until_ready(self._runner.place(jax.tree.map(jnp.copy, self.start)))
     began = time.perf_counter()
-    for step in range(self.steps):
+    for step in range(steps):
       batch = self._runner.place_batch(self._batches[step])
-      state, _ = self._runner.step(state, self._frozen, batch, self._root, due_players(self.built.objective, step))
+      due = due_players(self.built.objective, step)
+      state, _ = self._runner.step(state, self._frozen, batch, self._root, due)
     jax.block_until_ready(state)
-    seconds = time.perf_counter() - began
-    self.refreshes = self._count_refreshes(self._runner.fetch(state).dist)
-    return seconds
+    return time.perf_counter() - began, self._runner.fetch(state)
 
   def _count_refreshes(self, dist) -> dict[str, int]:
     sources, objective = self.built.distribution.sources, self.built.objective
@@ -169,11 +188,11 @@ def training(dataset: Dataset, network, size: Size) -> list[dict]:
       mixed = digits(method, size, "ddil")
       mixed.states.update(common.DDIL)  # also for DMD2, whose own mixture has no teacher states
       windows["ddil"] = Window(mixed, dataset, network, size.window, base)
-    seconds = alternate(windows, size.repeats)
+    seconds = alternate(windows, size.repeats, [window.warm_up for window in windows.values()])
     if "ddil" in windows:
-      rows.append(ratio(f"{method}: DDIL step / base step", seconds, "ddil", "base", DDIL_TARGET, method=method,
-                        steps=size.window, priors=common.DDIL, refreshes=windows["ddil"].refreshes,
-                        base_refreshes=base.refreshes))
+      rows.append(ratio(f"{method}: DDIL step / base step", seconds, "ddil", "base", DDIL_TARGET,
+                        method=method, steps=size.window, priors=common.DDIL,
+                        refreshes=windows["ddil"].refreshes, base_refreshes=base.refreshes))
     rates.append(rate(f"{method}: training, batch {base.batch_size}", "steps/s", size.window, seconds["base"],
                       method=method, batch_size=base.batch_size))
   return rows + rates
@@ -217,7 +236,8 @@ def rollouts(dataset: Dataset, network, size: Size) -> list[dict]:
             x = forward(network, x, t, cond)
         return x
 
-      seconds = alternate({"scan": lambda: timed(scans), "forward passes": lambda: timed(forwards)}, size.repeats)
+      programs = {"scan": lambda: timed(scans), "forward passes": lambda: timed(forwards)}
+      seconds = alternate(programs, size.repeats)
       rows.append(ratio(f"{solver} rollout of {steps} steps / {steps} forward passes", seconds, "scan",
                         "forward passes", ROLLOUT_TARGET, steps=steps, batch_size=batch, calls=size.inner))
   return rows
@@ -261,9 +281,41 @@ def gradient_in_scan(dataset: Dataset, network, size: Size, count: int = 20) -> 
       kernel, _ = once(kernel)
     return kernel
 
-  seconds = alternate({"scan": lambda: timed(lambda: scan(start)), "calls": lambda: timed(one_by_one)}, size.repeats)
-  return [ratio("gradient of a convolution in a lax.scan / by calls", seconds, "scan", "calls", None, steps=count,
-                batch_size=batch)]
+  programs = {"scan": lambda: timed(lambda: scan(start)), "calls": lambda: timed(one_by_one)}
+  return [ratio("gradient of a convolution in a lax.scan / by calls", alternate(programs, size.repeats), "scan",
+                "calls", None, steps=count, batch_size=batch)]
+
+
+# Evaluation ---------------------------------------------------------------------------------
+
+
+def evaluation(dataset: Dataset, network, size: Size) -> list[dict]:
+  """`ddil evaluate` of images against as many others, both in files, with all default metrics: wall time and peak
+  memory of a process that has nothing cached, so that it trains the small classifier too."""
+  del dataset, network
+  with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    kinds = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3)).repeat(size.side // 4, 1).repeat(size.side // 4, 2)
+    labels = np.arange(size.images) % 10
+    for seed, name in enumerate(("images", "reference")):
+      noise = np.random.default_rng([1, seed]).integers(0, 100, (size.images, size.side, size.side, 3), np.uint8)
+      noise += (0.6 * kinds).astype(np.uint8)[labels]
+      np.savez(folder / f"{name}.npz", images=noise, labels=labels)
+    del noise
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "ddil_jax", "evaluate", f"--images={folder}/images.npz",
+                    f"--reference={folder}/reference.npz", f"--data_dir={folder}", f"--out={folder}/out.json"],
+                   check=True, stdout=subprocess.DEVNULL)
+    seconds, result = time.perf_counter() - began, read_json(folder / "out.json")
+  what = f"evaluation of {size.images:,} images {size.side}x{size.side}"
+  return [once(what, "s", round(seconds, 1), EVALUATION_SECONDS, metrics=len(result["metrics"])),
+          once(f"{what}, peak memory", "MiB", result["peak_memory_mib"], EVALUATION_MIB)]
+
+
+def once(name: str, unit: str, value: float, target: float, **about) -> dict:
+  """A row that was measured once."""
+  return {"name": name, "unit": unit, "value": value, "low": value, "high": value, "target": target,
+          "met": value <= target, **about}
 
 
 # Output -------------------------------------------------------------------------------------
@@ -284,8 +336,11 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
   args = argparse.ArgumentParser(prog="launch.bench", description="Measures overheads and speeds.")
   args.add_argument("--out", default="bench/results.json")
-  args.add_argument("--data_dir", default="", help="where data sets are prepared; default $DDIL_DATA, else data/")
+  args.add_argument("--data_dir", default="",
+                    help="where data sets are prepared; default $DDIL_DATA, else data/")
   args.add_argument("--smoke", action="store_true", help="a few steps of one method on fake data")
+  parts = {part.__name__: part for part in (rollouts, training, sampling, gradient_in_scan, evaluation)}
+  args.add_argument("--only", choices=parts, help="measure one part")
   args = args.parse_args(argv)
   size = SMOKE if args.smoke else Size()
   began, load = time.monotonic(), os.getloadavg()[0]
@@ -293,20 +348,20 @@ def main(argv: list[str] | None = None) -> int:
   config.data.data_dir = args.data_dir
   dataset = build_lib.load_data(config, "train")
 
-  # The network that the demo's teacher and students have; untrained, since time does not depend on its values.
+  # The network of the demo's teacher and students; untrained, since time does not depend on its values.
   network = build_lib.build(config, dataset).init_teacher(jax.random.key(1))
   rows = []
-  for measure in (rollouts, training, sampling, gradient_in_scan):
+  for measure in [parts[args.only]] if args.only else parts.values():
     rows += measure(dataset, network, size)
     print(f"{measure.__name__}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   result = {
-      "machine": f"{cores} CPU cores, {jax.device_count()} JAX device(s) of kind {jax.devices()[0].device_kind}",
-      "load_average": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)}, "versions": versions(),
-      "seconds": round(time.monotonic() - began, 1), "repeats": size.repeats, "rows": rows}
+      "machine": f"{cores} CPU cores, {jax.device_count()} device(s) of kind {jax.devices()[0].device_kind}",
+      "load_average": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
+      "versions": versions(), "seconds": round(time.monotonic() - began, 1), "repeats": size.repeats, "rows": rows}
   out = pathlib.Path(args.out)
   out.parent.mkdir(parents=True, exist_ok=True)
-  write_json_atomic(out, result)
+  write_json(out, result)
   print(table(rows))
   print(f"{result['machine']}; load average {load:.1f} before; medians of {size.repeats}; written to {out}")
   return 0

@@ -41,10 +41,10 @@ def ddil(parts, objective, priors=(0.4, 0.3, 0.3), selection="per_step", slots=1
 
 
 def run(objective, distribution, teacher, mode="single", steps=3, batch_size=8, optimizer=None, seed=1, start=None,
-        first=0):
+        first=0, decays=None):
   """Trains a few steps and returns the plain state and the last metrics."""
   optimizers = {p.name: optimizer or optax.sgd(1e-2) for p in objective.players}
-  decays = {"0.9": 0.9} | dict(objective.targets)
+  decays = (decays or {"0.9": 0.9}) | dict(objective.targets)
   runner = make_runner(
       mode, lambda axis: make_train_step(objective, distribution, optimizers, decays, batch_size, axis_name=axis),
       batch_size)

@@ -9,6 +9,8 @@ from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
 from ddil_jax import keys as keys_lib
 from ddil_jax.data import pipeline
+from ddil_jax.diffusion.rollout import prior, rollout
+from ddil_jax.errors import UsageError
 from ddil_jax.states.base import SOURCES, Context
 from ddil_jax.training.parallel import make_runner
 from ddil_jax.training.step import due_players, init_state, make_train_step
@@ -132,3 +134,45 @@ def test_devices_agree_on_the_unet():
     other = train(config, mode, parts=parts)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(single), jax.tree.leaves(other), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-6, err_msg=f"{mode} {jax.tree_util.keystr(path)}")
+
+
+def test_a_sampling_grid_of_ones_own():
+  """It replaces the step counts, and what it samples is what its times say."""
+  config = load("digits_cd.py:smoke", eval__sampler_times="(1.0, 0.5, 0.0)")
+  built = build_lib.build(config)
+  own, = build_lib.samplers(config, built)
+  assert own.grid.tolist() == [1.0, 0.5, 0.0] and (own.steps, own.network_evaluations) == (2, 2)
+  two = build_lib.samplers(config, built, steps=2)[0]
+  assert two.grid[:-1].tolist() == [1.0, 0.5]  # the same times by count
+  params = built.objective.init(jax.random.key(0), built.init_teacher(jax.random.key(1)))["student"]
+  keys, cond = jax.random.split(jax.random.key(2), 3), {"label": jnp.arange(3)}
+  np.testing.assert_array_equal(own.sample(params, keys, cond), two.sample(params, keys, cond))
+
+
+def test_the_teacher_takes_some_of_the_steps():
+  """All of them: its own DDIM. None: the student's. One costs a guided evaluation more."""
+  config = load("digits_pd.py:smoke,guided", train__stages="()")
+  built = build_lib.build(config)
+  # A fresh network's output is 0; these are unlike each other.
+  teacher, student = (jax.tree.map(lambda v: v + 0.1 * jnp.cos(jnp.arange(v.size) + seed).reshape(v.shape),
+                                   built.init_teacher(jax.random.key(seed))) for seed in (0, 1))
+  keys, cond = jax.random.split(jax.random.key(2), 3), {"label": jnp.arange(3)}
+
+  def sample(acts):
+    mine = load("digits_pd.py:smoke,guided", train__stages="()", eval__teacher_acts=acts)
+    sampler, = build_lib.samplers(mine, built)
+    return np.asarray(jax.jit(sampler.sample)((student, teacher), keys, cond)), sampler.network_evaluations
+
+  grid = built.parts.make_grid(4)
+  x_T = prior(built.parts.process, keys, jnp.zeros((3, *built.parts.image_shape)))
+  whole = rollout(build_lib.teacher_policy(built, teacher), x_T, grid, cond, keys)
+  np.testing.assert_allclose(sample((0, 1, 2, 3))[0], whole, rtol=1e-5, atol=1e-5)
+  own = build_lib.samplers(config, built)[0].sample(student, keys, cond)
+  halves = rollout(build_lib.teacher_policy(built, teacher), x_T, grid[:2], cond, keys)
+  halves = rollout(build_lib.samplers(config, built)[0].policy(student), halves, grid[1:], cond, keys)
+  first, evaluations = sample((0,))
+  np.testing.assert_allclose(first, halves, rtol=1e-5, atol=1e-5)
+  assert evaluations == 5 and not np.allclose(first, own, atol=1e-3) and not np.allclose(first, whole, atol=1e-3)
+  for acts, message in (((4,), "0 to 3"), ((-1,), "0 to 3")):
+    with pytest.raises(UsageError, match=message):
+      sample(acts)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from ddil_jax import config as config_lib
 from ddil_jax.main import main
 from ddil_jax.training import workdir as workdir_lib
 from tests.running import ROOT, SHORT, refuse, shared  # noqa: F401 (fixtures)
@@ -139,6 +140,9 @@ FIELDS = [
     ("cd", "objective.sampler_steps=0", ["objective.sampler_steps=0", "at least 1"]),
     ("cd", "objective.sampler_steps=40", ["objective.sampler_steps=40", "trained at 16"]),
     ("cd", "eval.sampler_steps=(0,)", ["0 sampling steps"]),
+    ("cd", "eval.shift_kinds=('featurs',)", ["did you mean features"]),
+    ("cd", "eval.sampler_times=(1.0, 0.25, 0.5, 0.0)", ["grid not decreasing at index 2", "sampler_times"]),
+    ("cd", "eval.sampler_times=(1.0, 0.33, 0.0)", ["not trained at 0.33", "0.9375"]),
     ("cd", "eval.sampler_steps=(99,)", ["trained at 16 times", "99"]),
     ("pd", "train.batch_size=0", ["batch_size=0"]),
     ("pd", "train.log_every=0", ["log_every=0"]),
@@ -148,6 +152,12 @@ FIELDS = [
     ("pd", "eval.metrics=('fdd',)", ["'fdd'", "did you mean fd"]),
     ("pd", "eval.reference=tset", ["tset", "did you mean test"]),
     ("pd", "eval.num_samples=0", ["num_samples=0"]),
+    ("pd", "eval.num_samples=9 --config.eval.metrics=('inception_score',)", ["inception_score", "10 samples", "9"]),
+    ("pd", "eval.num_samples=9 --config.eval.bootstrap=20", ["config.eval", "precision", "12 samples", "bootstrap"]),
+    ("pd", "eval.shift_samples=1", ["shift_samples=1", "at least 2"]),
+    ("pd", "eval.diagnose_every=-1", ["diagnose_every=-1", "at least 0"]),
+    ("dmd2", "objective.gan_balance=atuo", ["gan_balance", "did you mean auto"]),
+    ("pd", "eval.bootstrap=1", ["bootstrap is 1", "at least 2"]),
     ("pd", "eval.guidance_scales=(1.0,2.0)", ["guidance_scales", "folded in"]),
     ("pd", "data.name=digitz", ["digitz", "did you mean", "digits"]),
     ("pd", "data.name=fashion_mnist", ["train-images-idx3-ubyte", "manual_dir"]),
@@ -253,9 +263,52 @@ def test_sample(refuse, teacher, tmp_path, capsys):  # noqa: F811
   assert "cannot write" in refuse(*sample, f"--out={tmp_path / 'file' / 'b.png'}", "--num_samples=6", "--steps=2")
 
 
+def test_evaluate_shift(refuse, teacher, run, capsys):  # noqa: F811
+  """Rows, a table and figures of the covariate shift; the results stay as they are.
+
+  The run is a student with its teacher's parameters, as every student is at its start.
+  """
+  student = config_lib.load("configs/digits_pd.py:smoke", {"train.stages": "()", "eval.ema": "raw",
+                                                           "eval.shift_samples": "0", "teacher.path": str(teacher[0])})
+  (run / "config.json").write_text(json.dumps(config_lib.to_dict(student)))
+  before = content(run)
+  line = refuse("evaluate", "--shift", f"--workdir={run}")
+  assert "eval.shift_samples=0" in line and "set it to 500" in line
+  assert "is a teacher's run" in refuse("evaluate", "--shift", f"--workdir={teacher[0]}")
+  capsys.readouterr()
+  assert main(["evaluate", "--shift", f"--workdir={run}", "--config.eval.shift_samples=20"]) == 0
+  said = capsys.readouterr().out
+  (row,) = json.loads((run / "shift.json").read_text())
+  assert (row["objective"], row["variant"], row["steps"], row["seed"]) == ("pd", "base", 4, 0)
+  assert [p["k"] for p in row["shift"]] == [0, 1, 2, 3, 4]
+  for name in ("sw2_student_forward", "mmd2_student_teacher", "feature_sw2_floor", "feature_mmd2_teacher_forward"):
+    assert all(p[f"{name}_low"] <= p[name] <= p[f"{name}_high"] for p in row["shift"])
+    kind, _, pair = name.rpartition("2_")
+    assert pair in said and f"\n{kind}2 " in said and f"{row['shift'][4][name]:.4f}" in said
+  after = content(run)
+  assert {p: after[p] for p in before} == before
+  assert {str(p) for p in set(after) - set(before)} == {"shift.json", "shift/4_steps_g1.svg", "shift/4_steps_g1.png"}
+
+
 def test_report(refuse, teacher, tmp_path, capsys):  # noqa: F811
   assert main(["report", str(teacher[0]), f"--out={tmp_path / 'r.html'}"]) == 0
   assert "r.html" in capsys.readouterr().out and "<html" in (tmp_path / "r.html").read_text()
+  run = shutil.copytree(teacher[0], tmp_path / "run")
+  config = json.loads((run / "config.json").read_text())
+  config["optimizer"]["learning_rate"] /= 2
+  (run / "config.json").write_text(json.dumps(config))
+  both, out = ("report", str(teacher[0]), str(run), "--metric=saturation"), f"--out={tmp_path / 's.html'}"
+  assert main([*both, out, f"--table={tmp_path / 't.md'}", f"--figures={tmp_path / 'figures'}"]) == 0
+  said = capsys.readouterr().out
+  assert said.startswith((tmp_path / "t.md").read_text()) and "| learning_rate=0.0015 |" in said
+  assert "difference to 'learning_rate=0.0015'" in said and {p.suffix for p in (tmp_path / "figures").iterdir()} == {
+      ".svg", ".png"}
+  assert main([*both, out, "--baseline=learning_rate=0.003", f"--table={tmp_path / 't.csv'}"]) == 0
+  assert "learning_rate=0.003" in (tmp_path / "t.csv").read_text()
+  for wrong, words in (("--baseline=base", ["'base'", "learning_rate=0.0015; learning_rate=0.003"]),
+                       ("--metric=fd", ["'fd'", "there are: saturation"]), ("--table=t.txt", ["t.txt", ".md or .csv"])):
+    line = refuse(*both, f"--out={tmp_path / 'no.html'}", wrong)
+    assert all(word in line for word in words), line
   (tmp_path / "empty").mkdir()
   line = refuse("report", tmp_path / "empty", f"--out={tmp_path / 'no.html'}")
   assert "empty" in line and "results.json" in line

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from ddil_jax.data.dataset import Dataset, fit, to_unit
 from ddil_jax.errors import UsageError
 
-_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLITS = ("train", "test")
 _TEST_EVERY = 10
 # 8-bit modes; a 16-bit or float image would be clipped, not scaled, by `convert`.
@@ -48,20 +48,21 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
     raise UsageError(f"folder: channels must be 1 or 3, not {channels}")
 
   if all((root / s).is_dir() for s in _SPLITS):
-    files, classes = _list(root / split), _classes(_list(root / "train") + _list(root / "test"))
+    files, classes = list_images(root / split), classes_of(list_images(root / "train") + list_images(root / "test"))
   else:
-    files = _list(root)
-    classes = _classes(files)
+    files = list_images(root)
+    classes = classes_of(files)
     is_test = [i % _TEST_EVERY == _TEST_EVERY - 1 for i in range(len(files))]
     files = [f for f, test in zip(files, is_test, strict=True) if test == (split == "test")]
 
   images, labels, skipped = [], [], []
   for label, file in files:
     try:
-      images.append(_read(file, image_size, channels))
+      image = fit(open_image(file, channels), image_size)
+      images.append(np.asarray(image).reshape(image_size, image_size, channels))
       labels.append(classes.index(label))
     except Exception as e:  # decoders raise all sorts of things on damaged files
-      skipped.append((str(file.relative_to(root)), _reason(e)))
+      skipped.append((str(file.relative_to(root)), reason(e)))
   if skipped:
     listed = "; ".join(f"{file}: {reason}" for file, reason in skipped[:10])
     logging.warning("folder: %d of %d files in %s cannot be used: %s%s", len(skipped), len(files), root,
@@ -69,20 +70,20 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
   if not images:
     why = f"; the first of {len(skipped)} that failed: {': '.join(skipped[0])}" if skipped else ""
     raise UsageError(
-        f"folder: no usable image for split {split!r} in {root} (suffixes {', '.join(_SUFFIXES)}){why}")
+        f"folder: no usable image for split {split!r} in {root} (suffixes {', '.join(SUFFIXES)}){why}")
   return Dataset("folder", to_unit(np.stack(images), (0, 255)), np.asarray(labels, np.int32), len(classes),
                  (0.0, 255.0), split, tuple(skipped))
 
 
-def _list(root: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+def list_images(root: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
   """(class, file) of the images in `root` ("" where they have no sub-folder), sorted."""
   return sorted((file.parent.name if file.parent != root else "", file)
                 for pattern in ("*", "*/*") for file in root.glob(pattern)
-                if file.suffix.lower() in _SUFFIXES and file.is_file()
+                if file.suffix.lower() in SUFFIXES and file.is_file()
                 and not any(part.startswith(".") for part in file.relative_to(root).parts))
 
 
-def _classes(files: list[tuple[str, pathlib.Path]]) -> list[str]:
+def classes_of(files: list[tuple[str, pathlib.Path]]) -> list[str]:
   """The class names; images beside the sub-folders would be a class of their own, which is refused."""
   classes = sorted({label for label, _ in files})
   if "" in classes and len(classes) > 1:
@@ -92,21 +93,27 @@ def _classes(files: list[tuple[str, pathlib.Path]]) -> list[str]:
   return classes
 
 
-def _read(file: pathlib.Path, image_size: int, channels: int) -> np.ndarray:
+def open_image(file: str | os.PathLike, channels: int | None = None) -> Image.Image:
+  """The decoded image, upright and on white, as RGB (3 channels) or grey (1; None: as the file is).
+
+  Raises:
+    Exception: whatever the decoder raises on a damaged file; `reason` puts it in a line.
+  """
   with warnings.catch_warnings():
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     with Image.open(file) as image:
       if image.mode not in _MODES:
         raise ValueError(f"pixel mode {image.mode} is not 8 bits a channel")
+      grey = image.mode in ("1", "L", "LA", "La") if channels is None else channels == 1
       image = ImageOps.exif_transpose(image)
       if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-      image = fit(image.convert("RGB" if channels == 3 else "L"), image_size)
-      return np.asarray(image).reshape(image_size, image_size, channels)
+      return image.convert("L" if grey else "RGB")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+  """Why a file cannot be read, in one line."""
   if isinstance(error, Image.UnidentifiedImageError):
     return "not an image"
   return " ".join(str(error).split())[:200] or type(error).__name__

@@ -183,6 +183,22 @@ def batches(dataset: Dataset, batch_size: int, seed: int, flip: bool = False, pr
   return Batches(dataset, batch_size, seed, flip, lanes)
 
 
+def subset(dataset: Dataset, fraction: float) -> Dataset:
+  """A fixed random share of a set, round(fraction * N) examples; the same whatever the run's seed.
+
+  Raises:
+    UsageError: fraction outside (0, 1], or nothing left.
+  """
+  n = round(fraction * len(dataset.images))
+  if not 0 < fraction <= 1 or not n:
+    raise UsageError(f"data fraction {fraction} of {len(dataset.images)} images; a share above 0 and at most 1 that"
+                     " leaves one image is needed")
+  if fraction == 1:
+    return dataset
+  kept = np.sort(np.random.default_rng(0).permutation(len(dataset.images))[:n])
+  return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
+
+
 def preflight(dataset: Dataset) -> dict[str, Any]:
   """Looks at the data before anything is trained on it.
 

@@ -10,31 +10,32 @@ def finite(x, name: str) -> np.ndarray:
   x = np.asarray(x)
   if not np.issubdtype(x.dtype, np.number):
     raise UsageError(f"{name} has dtype {x.dtype}; expected numbers")
-  bad = ~np.isfinite(x)
-  if bad.any():
-    rows = bad.reshape(len(x), -1).any(axis=1)
+  good = np.isfinite(x)
+  if not good.all():
+    rows = ~good.reshape(len(x), -1).all(axis=1)
     raise UsageError(f"{name} has non-finite numbers in {int(rows.sum())} of {len(x)} rows, "
                      f"first row {int(rows.argmax())}; expected finite values")
   return x
 
 
-def rows(x, name: str, least: int = 1) -> np.ndarray:
-  """Samples flattened to float64 [N, D]; N >= least and all finite, else UsageError."""
+def rows(x, name: str, least: int = 1, dtype=np.float64) -> np.ndarray:
+  """Samples flattened to [N, D] of the dtype (None: as they are); N >= least and all finite, else UsageError."""
   x = np.asarray(x)
   if x.ndim < 2:
     raise UsageError(f"{name} has shape {x.shape}; expected [N, ...] with at least two axes")
   if len(x) < least:
     raise UsageError(f"{name} has {len(x)} samples; at least {least} are needed")
-  return finite(x, name).reshape(len(x), -1).astype(np.float64)
+  x = finite(x, name).reshape(len(x), -1)
+  return x if dtype is None else x.astype(dtype)
 
 
-def row_pair(a, b, names: tuple[str, str], least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-  """Two sets of samples of one shape as float64 [N, D] and [M, D]."""
+def row_pair(a, b, names: tuple[str, str], least: int = 1, dtype=np.float64) -> tuple[np.ndarray, np.ndarray]:
+  """Two sets of samples of one shape as [N, D] and [M, D]; see `rows`."""
   a, b = np.asarray(a), np.asarray(b)
   if a.shape[1:] != b.shape[1:]:
     raise UsageError(f"{names[0]} and {names[1]} are unlike: "
                      f"samples of shape {a.shape[1:]} and {b.shape[1:]}")
-  return rows(a, names[0], least), rows(b, names[1], least)
+  return rows(a, names[0], least, dtype), rows(b, names[1], least, dtype)
 
 
 def images(x, name: str, shape: tuple[int, int, int] | None = None) -> np.ndarray:

@@ -3,7 +3,8 @@
 Per grid time t_k, the distance between the marginals of z_{t_k} under the student's rollout, the
 teacher's rollout and the forward process: sliced Wasserstein-2 and unbiased MMD^2, with bootstrap
 intervals. Under guidance the teacher itself is far from the forward marginal, so all three pairs
-are measured.
+are measured. The same in a feature space, and how wrong the training label is on the states of each
+source.
 """
 
 import functools
@@ -83,16 +84,21 @@ def bandwidth_from(reference, num: int = 1000, seed: int = 0) -> float:
   Raises:
     UsageError: fewer than 2 samples, non-finite values, all samples equal.
   """
-  x = checks.rows(reference, "reference", least=2)
+  h = _median_distance(checks.rows(reference, "reference", least=2), num, seed)
+  if h is None:
+    raise UsageError("the reference's samples are all alike: the median distance is 0, no bandwidth follows")
+  return h
+
+
+def _median_distance(x, num: int = 1000, seed: int = 0) -> float | None:
+  """Median distance of pairs of x [N,D], at most `num` of them; None if it is 0 to rounding."""
   if len(x) > num:
     x = x[np.random.default_rng(seed).choice(len(x), num, replace=False)]
   x = x - x.mean(axis=0)
   i = np.arange(len(x))
   d2 = [d[i[rows, None] < i] for rows, d in squared_distances(x, x)]
   h = float(np.median(np.sqrt(np.concatenate(d2))))
-  if not h > 1e-12 * (1 + np.abs(x).max()):
-    raise UsageError("the reference's samples are all alike: the median distance is 0, no bandwidth follows")
-  return h
+  return h if h > 1e-12 * (1 + np.abs(x).max()) else None
 
 
 def mmd2_unbiased(a, b, bandwidth: float) -> float:
@@ -175,29 +181,36 @@ def _interval(estimate, draws, level):
 
 
 def shift_curves(student_path, teacher_path, forward_path, grid, floor_path=None, num_projections: int = 64,
-                 num_bootstrap: int = 20, level: float = 0.95, seed: int = 0) -> list[dict[str, float]]:
-  """Covariate shift per grid time, in state space.
+                 num_bootstrap: int = 20, level: float = 0.95, seed: int = 0, space: str = "",
+                 paired: bool = False) -> list[dict[str, float]]:
+  """Covariate shift per grid time, in state space or, given features of the states, in their space.
 
   Pairs: student_forward, student_teacher, teacher_forward and, with a second forward draw, `floor`
   (forward against forward: what equal distributions measure at this sample size). The kernel's
-  bandwidth at t_k is the median heuristic on the forward marginal of t_k. The sets are resampled
-  independently, so where student and teacher start from the same noise their interval is wide.
+  bandwidth at t_k is the median heuristic on the forward marginal of t_k.
 
   Args:
-    student_path, teacher_path, forward_path: [K+1,N,H,W,C], states at t_0 > ... > t_K. N may differ,
-      but SW2 and its floor have the same bias at equal N only. No sample may be there twice: near
-      t = 0 a repeated image makes its copies neighbours and MMD^2 large.
+    student_path, teacher_path, forward_path: [K+1,N,H,W,C], states at t_0 > ... > t_K, or [K+1,N,D],
+      features of them. N may differ, but SW2 and its floor have the same bias at equal N only. No
+      sample may be there twice: near t = 0 a repeated image makes its copies neighbours and MMD^2
+      large.
     grid: [K+1] the times.
     floor_path: a second, independent draw of the forward path, or None.
     num_projections: of the sliced distance.
     num_bootstrap, level: of the intervals.
     seed: of directions and resampling.
+    space: "" or a word before the names of all distances, such as "feature_".
+    paired: the i-th samples of all sets belong together, since they have one label or start from the same
+      noise: they are resampled together. Else the sets are resampled independently.
 
   Returns:
-    A row per k: {"t", "k", "bandwidth", "sw2_<pair>", "mmd2_<pair>", and each with "_low", "_high"}.
+    A row per k: {"t", "k", "bandwidth", "sw2_<pair>", "mmd2_<pair>", and each with "_low", "_high"};
+    without bandwidth and mmd2 at a time where all forward samples are alike, as features of pure noise
+    may be.
 
   Raises:
-    UsageError: unlike shapes, lengths that differ from the grid's, fewer than 2 samples, non-finite states.
+    UsageError: unlike shapes, lengths that differ from the grid's, fewer than 2 samples, non-finite states,
+      paired sets of unlike N.
   """
   _check_bootstrap(num_bootstrap, level)
   grid = np.asarray(grid, np.float64)
@@ -213,20 +226,69 @@ def shift_curves(student_path, teacher_path, forward_path, grid, floor_path=None
     if path.ndim < 3 or path.shape[0] != len(grid) or path.shape[2:] != shape[2:]:
       raise UsageError(f"the {name} path has shape {path.shape}; expected [{len(grid)}, N, "
                        f"{', '.join(map(str, shape[2:]))}], as the grid and the forward path say")
+  if paired and len({path.shape[1] for path in paths.values()}) > 1:
+    raise UsageError(f"paired sets of {', '.join(str(path.shape[1]) for path in paths.values())} samples; equal"
+                     " numbers are needed")
   theta = directions(int(np.prod(shape[2:])), num_projections, seed)
   rng = np.random.default_rng([seed, 1])
   rows = []
   for k, t in enumerate(grid):
     x = {name: checks.rows(path[k], f"the {name} path at k = {k}", least=2) for name, path in paths.items()}
     draws = {name: _resamplings(rng, len(v), num_bootstrap) for name, v in x.items()}
-    bandwidth = bandwidth_from(x["forward"], seed=seed)
-    row = {"t": float(t), "k": k, "bandwidth": bandwidth}
-    values = {"sw2": _sw2_draws(x, draws, pairs, theta), "mmd2": _mmd2_draws(x, draws, pairs, bandwidth)}
+    if paired:
+      draws = dict.fromkeys(draws, draws["forward"])
+    row = {"t": float(t), "k": k}
+    values = {"sw2": _sw2_draws(x, draws, pairs, theta)}
+    bandwidth = _median_distance(x["forward"], seed=seed)
+    if bandwidth is not None:
+      row[f"{space}bandwidth"] = bandwidth
+      values["mmd2"] = _mmd2_draws(x, draws, pairs, bandwidth)
     for kind, of_pair in values.items():
       for pair, v in of_pair.items():
-        low, high = _interval(v[0], v[1:], level)
-        row |= {f"{kind}_{pair}": float(v[0]), f"{kind}_{pair}_low": low, f"{kind}_{pair}_high": high}
+        row |= _with_interval(f"{space}{kind}_{pair}", v, level)
     rows.append(row)
+  return rows
+
+
+def _with_interval(name, v, level):
+  """The row entries of an estimate v[0] and its resamplings v[1:]."""
+  low, high = _interval(v[0], v[1:], level)
+  return {name: float(v[0]), f"{name}_low": low, f"{name}_high": high}
+
+
+def label_error_curves(labels: dict, references: dict, grid, num_bootstrap: int = 20, level: float = 0.95,
+                       seed: int = 0) -> list[dict[str, float]]:
+  """How wrong the training label is, per grid time and state source.
+
+      E_k = sqrt( mean_n mean_pixel (label(z_n) - reference(z_n))^2 ),   z_n the source's states at t_k
+
+  Args:
+    labels, references: {source: [K,N,H,W,C]}, the label at each state and what it should be: the true
+      denoiser's estimate where that is known (`models/exact.py`), else the best that the teacher can do.
+    grid: [K] the times; the clean end, where there is nothing to estimate, has no label.
+    num_bootstrap, level: of the intervals, over samples.
+    seed: of the resampling.
+
+  Returns:
+    A row per k: {"t", "k", "label_error_<source>", "_low", "_high"}, in units of the samples, per pixel.
+
+  Raises:
+    UsageError: unlike shapes, lengths that differ from the grid's, fewer than 2 samples, non-finite values.
+  """
+  _check_bootstrap(num_bootstrap, level)
+  rows = [{"t": float(t), "k": k} for k, t in enumerate(np.asarray(grid, np.float64))]
+  rng = np.random.default_rng([seed, 2])
+  for source, label in labels.items():
+    label, reference = np.asarray(label), np.asarray(references[source])
+    if label.shape != reference.shape or label.ndim < 3 or len(label) != len(rows):
+      raise UsageError(f"labels of {source} states have shape {label.shape}, their references {reference.shape};"
+                       f" expected [{len(rows)}, N, ...] of both")
+    for k, row in enumerate(rows):
+      both = checks.row_pair(label[k], reference[k], tuple(f"the {what} of {source} states at k = {k}"
+                                                           for what in ("labels", "references")), least=2)
+      squared = np.mean((both[0] - both[1])**2, axis=1)
+      draws = np.sqrt(squared[_resamplings(rng, len(squared), num_bootstrap)].mean(axis=1))
+      row |= _with_interval(f"label_error_{source}", draws, level)
   return rows
 
 

@@ -12,17 +12,20 @@ import numpy as np
 import optax
 
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation import checks, files
+from ddil_jax import files
+from ddil_jax.evaluation import checks
+from ddil_jax.types import ONE_DEVICE, Devices
 
-_BATCH = 256  # of the extractor; fixed, so that features do not depend on how images are handed over
+# Images a batch of the extractor; fixed, so that features do not depend on how images are handed over.
+_BATCH = 256
 
 
 class Extractor(NamedTuple):
-  """A classifier seen as a feature map; images are float [N,H,W,C] in [-1, 1].
+  """A network seen as a feature map; images are float [N,H,W,C] in [-1, 1].
 
   Attributes:
     name: says what it is, ending in a hash of its parameters and preprocessing.
-    num_classes: K.
+    num_classes: K; 0 for a network without classes.
     outputs: images -> (logits [N,K], features [N,D]), float32.
   """
 
@@ -36,13 +39,16 @@ class Extractor(NamedTuple):
   def logits(self, images) -> np.ndarray:
     return self.outputs(images)[0]
 
-  def probabilities(self, images) -> np.ndarray:
-    logits = self.logits(images).astype(np.float64)
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return p / p.sum(axis=1, keepdims=True)
+
+def probabilities(logits) -> np.ndarray:
+  """Softmax of logits [N,K] in float64."""
+  logits = logits.astype(np.float64)
+  p = np.exp(logits - logits.max(axis=1, keepdims=True))
+  return p / p.sum(axis=1, keepdims=True)
 
 
-def make_extractor(module, variables, image_shape, name: str) -> Extractor:
+def make_extractor(module, variables, image_shape, name: str, devices: Devices = ONE_DEVICE,
+                   batch_size: int = _BATCH) -> Extractor:
   """An extractor from a classifier and its parameters.
 
   Args:
@@ -50,26 +56,38 @@ def make_extractor(module, variables, image_shape, name: str) -> Extractor:
     variables: {"params": ...}.
     image_shape: (H, W, C) it reads.
     name: without the hash.
+    devices: over which batches are split.
+    batch_size: images at a time; smaller ones for large networks.
   """
   image_shape = tuple(int(d) for d in image_shape)
   leaves = _flat(variables)
   about = {"module": _describe(module), "image_shape": image_shape, "range": [-1, 1]}
-  apply = jax.jit(module.apply)
   num_classes = jax.eval_shape(module.apply, variables, jnp.zeros((1, *image_shape)))[0].shape[-1]
+  apply, placed = jax.jit(module.apply), devices.whole(variables)
 
   def outputs(images):
-    images = checks.images(images, "images", image_shape).astype(np.float32)
-    padded = np.concatenate([images, np.zeros((-len(images) % _BATCH, *image_shape), np.float32)])
-    parts = [jax.device_get(apply(variables, padded[i:i + _BATCH])) for i in range(0, len(padded), _BATCH)]
-    logits, features = (np.concatenate([np.asarray(p[j], np.float32) for p in parts]) for j in (0, 1))
-    return logits[:len(images)], features[:len(images)]
+    return in_batches(lambda x: apply(placed, x), checks.images(images, "images", image_shape), devices, batch_size)
 
   return Extractor(f"{name}-{files.digest(leaves, about)[:8]}", num_classes, outputs)
 
 
+def in_batches(apply: Callable, images: np.ndarray, devices: Devices = ONE_DEVICE, batch_size: int = _BATCH):
+  """`apply` on images [N,...] in batches of one size, each split over the devices; the last is filled up and cut.
+
+  Returns:
+    What `apply` gives, a tree of arrays, as float32 [N, ...].
+  """
+  size, parts = devices.round_up(batch_size), []
+  for i in range(0, len(images), size):
+    part = np.asarray(images[i:i + size], np.float32)
+    filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.float32)])
+    parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32)[:len(part)], apply(devices.split(filled))))
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
 def train_classifier(module, images, labels, num_classes: int, cache_dir, name: str, seed: int = 0,
                      steps: int = 800, batch_size: int = 128, learning_rate: float = 3e-3,
-                     max_shift: float = 1 / 16, noise: float = 0.2) -> Extractor:
+                     max_shift: float = 1 / 16, noise: float = 0.2, devices: Devices = ONE_DEVICE) -> Extractor:
   """Trains the classifier once and returns it as an extractor; a later call reads the cache.
 
   Cross entropy under Adam with cosine decay; images are shifted by up to `max_shift` of their side
@@ -84,12 +102,13 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
     num_classes: K.
     cache_dir: folder of the cache; None does without.
     name: "digits-cnn"; the extractor's name adds a hash.
+    devices: over which the extractor's batches are split; it is trained on one.
 
   Raises:
     UsageError: unlike shapes, values outside [-1, 1], labels outside 0..K-1.
   """
-  images = checks.images(images, "images").astype(np.float32)
-  if np.abs(images).max() > 1 + 1e-3:
+  images = checks.images(images, "images").astype(np.float32, copy=False)
+  if max(images.max(), -images.min()) > 1 + 1e-3:
     raise UsageError(f"images lie in {images.min():.3g}..{images.max():.3g}; expected [-1, 1]")
   labels = checks.class_labels(labels, len(images), num_classes).astype(np.int32)
   if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
@@ -106,12 +125,12 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
   path = None if cache_dir is None else pathlib.Path(cache_dir) / f"{name}-{data[:16]}.safetensors"
   if path is not None and path.exists():
     try:
-      return _read(path, module, image_shape, name)
+      return _read(path, module, image_shape, name, devices)
     except UsageError as e:
       logging.warning("%s: training the classifier again", e)
 
   variables = _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise)
-  extractor = make_extractor(module, variables, image_shape, name)
+  extractor = make_extractor(module, variables, image_shape, name, devices)
   some = slice(0, 4096)
   accuracy = float(np.mean(extractor.logits(images[some]).argmax(axis=1) == labels[some]))
   logging.info("%s: accuracy %.4f on its training images", extractor.name, accuracy)
@@ -127,26 +146,27 @@ def _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shi
   variables = jax.jit(module.init)(jax.random.fold_in(root, steps), jnp.asarray(images[:1]))
   optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
-  def step(variables, opt, images, labels, i):
-    key_pick, key_shift, key_noise = jax.random.split(jax.random.fold_in(root, i), 3)
-    pick = jax.random.randint(key_pick, (batch_size,), 0, len(images))
-    x = images[pick]
+  def pick(i):
+    return jax.random.randint(jax.random.split(jax.random.fold_in(root, i), 3)[0], (batch_size,), 0, len(images))
+
+  def step(variables, opt, x, labels, i):
+    _, key_shift, key_noise = jax.random.split(jax.random.fold_in(root, i), 3)
     most = max_shift * x.shape[1]
     x = _shift(x, jax.random.uniform(key_shift, (batch_size, 2), minval=-most, maxval=most))
     x = x + noise * jax.random.normal(key_noise, x.shape)
 
     def loss(variables):
       logits, _ = module.apply(variables, x)
-      return optax.softmax_cross_entropy_with_integer_labels(logits, labels[pick]).mean()
+      return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     updates, opt = optimizer.update(jax.grad(loss)(variables), opt)
     return optax.apply_updates(variables, updates), opt
 
   step = jax.jit(step)
   opt = jax.jit(optimizer.init)(variables)
-  images, labels = jnp.asarray(images), jnp.asarray(labels)
-  for i in range(steps):
-    variables, opt = step(variables, opt, images, labels, i)
+  # Batches are taken on the host: a copy of all images on the device may be too much for it.
+  for i, index in enumerate(np.asarray(jax.jit(jax.vmap(pick))(jnp.arange(steps)))):
+    variables, opt = step(variables, opt, images[index], labels[index], i)
   return variables
 
 
@@ -161,12 +181,12 @@ def _shift(x, offset):
   return jnp.einsum("bij,bkl,bjlc->bikc", rows, columns, x)
 
 
-def _read(path, module, image_shape, name) -> Extractor:
+def _read(path, module, image_shape, name, devices) -> Extractor:
   arrays, about = files.load_arrays(path)
   probe = arrays.pop("probe", None)
   variables = flax.traverse_util.unflatten_dict(arrays, sep="/")
   try:
-    extractor = make_extractor(module, variables, image_shape, name)
+    extractor = make_extractor(module, variables, image_shape, name, devices)
     features = extractor.features(_probe(image_shape))
   except Exception as e:  # flax raises its own kinds when parameters do not fit the module
     raise UsageError(f"{path} does not fit the classifier ({type(e).__name__})") from e

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation import checks, files
+from ddil_jax import files
+from ddil_jax.evaluation import checks
 
 
 def image_grid(images, columns: int, gap: int = 1, scale: int = 1) -> np.ndarray:

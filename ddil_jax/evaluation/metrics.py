@@ -1,17 +1,18 @@
 """Distances between sets of features: Frechet, kernel, precision/recall, density/coverage.
 
-All in float64 on the host; what is pairwise goes in chunks of rows, so that any size fits in memory.
+All in float64 on the host; what is pairwise goes in tiles (`pairs.py`), so that any size fits in memory.
 """
 
-from typing import Iterator
+import threading
 
 import numpy as np
 import scipy.linalg
 
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation import checks
+from ddil_jax.evaluation import checks, pairs
+from ddil_jax.evaluation.pairs import Points, squared_distances  # noqa: F401 (covariate_shift)
 
-_ENTRIES = 1 << 23  # of a chunk of pairs: 64 MiB
+_ROWS = 4096  # of a block in a QR decomposition
 
 
 def frechet_distance(feats_a, feats_b) -> float:
@@ -35,16 +36,27 @@ def frechet_distance(feats_a, feats_b) -> float:
 
   Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
   """
-  a, b = checks.row_pair(feats_a, feats_b, ("features a", "features b"), least=2)
-  mean_a, root_a = _moments(a)
-  mean_b, root_b = _moments(b)
+  a, b = checks.row_pair(feats_a, feats_b, ("features a", "features b"), least=2, dtype=None)
+  return frechet_of_moments(moments(a), moments(b))
+
+
+def moments(x) -> tuple[np.ndarray, np.ndarray]:
+  """Mean [D] and root R of the covariance C = R^T R of features [N,D]; in blocks, so that N may be large."""
+  mean = x.mean(axis=0, dtype=np.float64)
+  root = np.empty((0, x.shape[1]))
+  # Narrow blocks are decomposed many times slower by several BLAS threads than by one.
+  with pairs.one_blas_thread(x.shape[1] < 512):
+    for i in range(0, len(x), _ROWS):
+      block = (x[i:i + _ROWS] - mean) / np.sqrt(len(x) - 1)
+      root = np.linalg.qr(np.concatenate([root, block]), mode="r")
+  return mean, root
+
+
+def frechet_of_moments(a, b) -> float:
+  """`frechet_distance` of two sets from their `moments`."""
+  (mean_a, root_a), (mean_b, root_b) = a, b
   cross = scipy.linalg.svdvals(root_a @ root_b.T).sum()
   return max(0.0, float(np.sum((mean_a - mean_b)**2) + np.sum(root_a**2) + np.sum(root_b**2) - 2 * cross))
-
-
-def _moments(x):
-  mean = x.mean(axis=0)
-  return mean, np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r")
 
 
 def kernel_distance(feats_a, feats_b, block: int | None = None, num_blocks: int = 100,
@@ -61,7 +73,9 @@ def kernel_distance(feats_a, feats_b, block: int | None = None, num_blocks: int 
     num_blocks, seed: of the blocks.
 
   Returns:
-    The estimate; it may be negative.
+    The estimate; it may be negative. It is unbiased for independent samples. Classes asked for in equal
+    numbers are not: two of N such samples are less often of one class than two of the model's, so that
+    the estimate is low by about 1/N of what the kernel's mean is larger within classes than over all.
 
   Raises:
     UsageError: fewer samples than 2 or than `block`, unlike D, non-finite values.
@@ -83,14 +97,28 @@ def kernel_distance(feats_a, feats_b, block: int | None = None, num_blocks: int 
 
 def _cubic_mmd2(a, b):
   def total(x, y):
-    kernels = (x[rows] @ y.T / x.shape[1] + 1 for rows in _chunks(len(x), len(y)))
-    return sum(np.vdot(k * k, k) for k in kernels)  # k**3 takes several times as long
+    def block(rows):
+      return sum(float(cubic_kernel(x[rows], y[cols]).sum()) for cols in pairs.columns(len(y)))
+    return sum(pairs.over_rows(block, x))
 
   def within(x):
-    diagonal = ((np.sum(x**2, axis=1) / x.shape[1] + 1)**3).sum()
-    return (total(x, x) - diagonal) / (len(x) * (len(x) - 1))
+    return (total(x, x) - cubic_diagonal(x).sum()) / (len(x) * (len(x) - 1))
 
   return float(within(a) + within(b) - 2 * total(a, b) / (len(a) * len(b)))
+
+
+def cubic_kernel(x, y) -> np.ndarray:
+  """(x . y / D + 1)^3 of vectors [N,D] and [M,D]: [N,M]."""
+  k = x @ y.T
+  k /= x.shape[1]
+  k += 1
+  square = k * k  # k**3 takes several times as long
+  return np.multiply(square, k, out=square)
+
+
+def cubic_diagonal(x) -> np.ndarray:
+  """(|x|^2 / D + 1)^3 of vectors [N,D]: [N]."""
+  return (np.sum(x**2, axis=1) / x.shape[1] + 1)**3
 
 
 def prdc(real, fake, k: int = 5) -> dict[str, float]:
@@ -115,51 +143,38 @@ def prdc(real, fake, k: int = 5) -> dict[str, float]:
 
   Source: Naeem et al. 2020 (arXiv 2002.09797), sections 2 and 3.
   """
+  real, fake, rounding = centred(real, fake, k)
+  real_radii = pairs.neighbour_distance2(real, k) - rounding
+  fake_radii = pairs.neighbour_distance2(fake, k) - rounding
+  covering = np.zeros(len(fake.x), np.int64)  # real balls that hold the fake point
+  recalled, covered = np.zeros(len(real.x), bool), np.zeros(len(real.x), bool)
+  lock = threading.Lock()
+
+  def block(rows):
+    for cols, d2 in pairs.squared_distance_tiles(real, fake, rows):
+      inside = d2 < real_radii[rows, None]
+      covered[rows] |= inside.any(axis=1)
+      recalled[rows] |= (d2 < fake_radii[cols]).any(axis=1)
+      count = np.count_nonzero(inside, axis=0)
+      with lock:
+        covering[cols] += count
+
+  pairs.over_rows(block, real.x)
+  return {"precision": float(np.mean(covering > 0)), "recall": float(np.mean(recalled)),
+          "density": float(np.mean(covering) / k), "coverage": float(np.mean(covered))}
+
+
+def centred(real, fake, k: int) -> tuple[Points, Points, float]:
+  """The checked sets of `prdc`, with the real mean at 0, and a bound for the rounding of squared distances.
+
+  A point on a ball's boundary is outside, whatever the rounding: the bound is taken off squared radii.
+  """
   if k < 1:
     raise UsageError(f"k is {k}; expected at least 1 neighbour")
   real, fake = checks.row_pair(real, fake, ("real features", "fake features"), least=k + 1)
-  center = real.mean(axis=0)  # small norms keep |x|^2 + |y|^2 - 2 x.y precise
-  real, fake = real - center, fake - center
-  # A point on the boundary is outside, whatever the rounding of the distances.
-  rounding = 1e-12 * max(np.sum(real**2, axis=1).max(), np.sum(fake**2, axis=1).max())
-  real_radii, fake_radii = _radii2(real, k) - rounding, _radii2(fake, k) - rounding
-  covering = np.zeros(len(fake), np.int64)  # real balls that hold the fake point
-  recalled = np.zeros(len(real), bool)
-  nearest = np.zeros(len(real))
-  for rows, d2 in squared_distances(real, fake):
-    covering += (d2 < real_radii[rows, None]).sum(axis=0)
-    recalled[rows] = (d2 < fake_radii).any(axis=1)
-    nearest[rows] = d2.min(axis=1)
-  return {
-      "precision": float(np.mean(covering > 0)),
-      "recall": float(np.mean(recalled)),
-      "density": float(np.mean(covering) / k),
-      "coverage": float(np.mean(nearest < real_radii)),
-  }
-
-
-def _radii2(x, k):
-  radii = np.empty(len(x))
-  for rows, d2 in squared_distances(x, x):
-    d2[np.arange(len(d2)), np.arange(len(x))[rows]] = np.inf
-    radii[rows] = np.partition(d2, k - 1, axis=1)[:, k - 1]
-  return radii
-
-
-def _chunks(n: int, m: int) -> Iterator[slice]:
-  rows = max(1, _ENTRIES // m)
-  return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
-
-
-def squared_distances(a, b) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields (rows, |a_i - b_j|^2 [rows, M]) for chunks of the rows of a [N,D] against b [M,D]."""
-  norms = np.sum(b**2, axis=1)
-  for rows in _chunks(len(a), len(b)):
-    d2 = a[rows] @ b.T
-    d2 *= -2
-    d2 += np.sum(a[rows]**2, axis=1)[:, None]
-    d2 += norms
-    yield rows, np.maximum(d2, 0, out=d2)
+  center = real.mean(axis=0)
+  real, fake = Points.of(real - center), Points.of(fake - center)
+  return real, fake, 1e-12 * max(real.norms.max(), fake.norms.max())
 
 
 def class_accuracy(logits, labels) -> float:
@@ -187,4 +202,9 @@ def saturation(images, bound: float = 1.0, tol: float = 1e-3) -> float:
   Raises:
     UsageError: not [N,H,W,C], non-finite values.
   """
-  return float(np.mean(np.abs(checks.images(images, "images")) >= bound - tol))
+  return float(np.mean(saturated(images, bound, tol)))
+
+
+def saturated(images, bound: float = 1.0, tol: float = 1e-3) -> np.ndarray:
+  """`saturation` of each image: [N]."""
+  return np.mean(np.abs(checks.images(images, "images")) >= bound - tol, axis=(1, 2, 3))

@@ -1,22 +1,34 @@
 """What run directories hold, read and checked: rows of results.json, logs, configs, versions.
 
-Nothing that is absent or damaged stops the reading: it is left out and named in a list of problems.
+Nothing that is absent or damaged stops the reading: it is left out and named in a list of problems. A trial
+of a sweep that failed has rows too, without values and with its error.
 """
 
 import json
 import math
 import pathlib
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 from ddil_jax.errors import UsageError
+from ddil_jax.evaluation import report_labels
+from ddil_jax.evaluation.report_labels import Setting
 
 OBJECTIVES = ("teacher", "pd", "cd", "lcm", "dmd2")  # in the order of the tables
-VARIANTS = ("base", "+ddil", "+reflected", "+ddil+reflected")
 FILES = ("results.json", "metrics.jsonl", "config.json")
+TRIALS, FAILED = "sweep.json", "failed.json"  # of a sweep: what it runs; why a trial ended
+# The states on which a base method trains; the others' are forward states.
+_OWN_SOURCE = {"dmd2": "student"}
 
 
 class Row(NamedTuple):
-  """A checked row of results.json; numbers that are not finite are None. The teacher's variant is ""."""
+  """A checked row of results.json; numbers that are not finite are None. The teacher's variant is "".
+
+  Attributes:
+    config: of the whole run, flat; {} where there is none.
+    error: why a trial has no results; else "".
+    setting: what it is called among the given runs, see `report_labels.with_settings`.
+  """
 
   objective: str
   variant: str
@@ -30,14 +42,26 @@ class Row(NamedTuple):
   samples: str
   path: pathlib.Path
   run: str
+  config: dict[str, Any] = {}
+  error: str = ""
+  setting: Setting = Setting("")
+
+  @property
+  def label(self):
+    return self.setting.label
 
   @property
   def group(self):
     return self.objective, self.steps, self.guidance_scale
 
   @property
-  def label(self):
-    return f"{self.objective} {self.variant}, {self.steps} steps, guidance scale {self.guidance_scale:g}"
+  def title(self):
+    return f"{self.objective} {self.label}, {self.steps} steps, guidance scale {self.guidance_scale:g}"
+
+  @property
+  def fate(self):
+    """What became of a trial without results."""
+    return "diverged" if re.search("not finite|diverged", self.error) else "failed"
 
 
 class Run(NamedTuple):
@@ -51,19 +75,30 @@ class Run(NamedTuple):
 
 
 def runs_of(run_dirs, missing: list[str]) -> list[Run]:
-  """Reads run directories, and the runs in their sub-directories; what is absent is added to `missing`."""
-  paths = []
+  """Reads run directories, sweeps, and the runs in sub-directories; what is absent is added to `missing`."""
+  wholes = {}  # path: the run of which it is a stage, or itself
   for path in map(pathlib.Path, run_dirs):
     if not path.is_dir():
-      raise UsageError(f"no run directory {path}; expected one with {', '.join(FILES)}")
-    # Results merged over sub-directories come last: a run's own rows go before them.
-    paths += [*_inner(path), path]
-  paths = list(dict.fromkeys(path.resolve() for path in paths))
-  return [_load(path, _name(path, paths), missing) for path in paths]
+      raise UsageError(f"no run directory {path}; expected one with {', '.join(FILES)}, or of a sweep, with {TRIALS}")
+    _walk(path.resolve(), None, wholes)
+  runs = []
+  for path, whole in wholes.items():
+    runs.append(_load(path, whole, _name(path, wholes), missing))
+    have = {row.group for run, of in zip(runs, wholes.values()) if of == whole for row in run.rows}
+    runs[-1].rows.extend(_failed(path, runs[-1], have, missing))
+  labelled = iter(report_labels.with_settings([row for run in runs for row in run.rows]))
+  return [run._replace(rows=[next(labelled) for _ in run.rows]) for run in runs]
+
+
+def _walk(path, whole, found):
+  """Inner runs first: results merged over sub-directories must not count before a run's own rows."""
+  for inner in _inner(path):
+    _walk(inner, path if re.fullmatch(r"stage_\d+", inner.name) else None, found)
+  found.setdefault(path, whole or path)
 
 
 def _inner(path):
-  return sorted({f.parent for name in FILES[:2] for f in path.glob(f"*/{name}")})
+  return sorted({f.parent for name in (*FILES[:2], TRIALS, FAILED) for f in path.glob(f"*/{name}")})
 
 
 def _name(path, paths):
@@ -74,16 +109,67 @@ def _name(path, paths):
   return "/".join(path.parts[-n:])
 
 
-def _load(path, name, missing) -> Run:
+def _load(path, whole, name, missing) -> Run:
   problems = []
   config, versions, results = (_json(path / file, kind, problems) for file, kind in (
       ("config.json", dict), ("versions.json", dict), ("results.json", list)))
   log = _log(path / "metrics.jsonl", problems)
-  rows = [row for raw in results if (row := check(raw, problems, path, name))]
-  if _inner(path):  # a directory of runs need not be a run itself
-    problems = [p for p in problems if not p.endswith("is absent")]
+  flat = report_labels.flatten(config if whole == path else _json(whole / "config.json", dict, []))
+  rows = [row._replace(config=flat) for raw in results if (row := check(raw, problems, path, name))]
+  if _inner(path) or (path / TRIALS).exists() or (path / FAILED).exists():
+    problems = [p for p in problems if not p.endswith("is absent")]  # it need not be a run, or a whole one
+  if (path / TRIALS).exists():
+    names = [str(trial.get("name")) for trial in _json(path / TRIALS, list, problems) if isinstance(trial, dict)]
+    no_results = [n for n in names if not any((path / n / file).exists() for file in (FILES[0], FAILED))]
+    if no_results:
+      problems.append(f"{len(no_results)} of {len(names)} trials have no results yet: {', '.join(no_results[:6])}"
+                      + " ..." * (len(no_results) > 6))
   missing += [f"{name}: {p}" for p in dict.fromkeys(problems)]
   return Run(name, config, versions, log, rows)
+
+
+def _failed(path, run, have, missing) -> list[Row]:
+  """Rows that a failed trial would have had, but for the groups in `have`."""
+  if not (path / FAILED).exists():
+    return []
+  problems = []
+  failure = _json(path / FAILED, dict, problems)
+  config = run.config or failure.get("config") or {}
+  # What happened; what to do about it, and paths, are in the log.
+  error = " ".join(str(failure.get("error") or "no reason given").partition(";")[0].split())
+  try:
+    wanted = attempted(config)
+    seed = int(config["seed"])
+  except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    missing.append(f"{run.name}: failed before its config was known: {error}")
+    return []
+  missing += [f"{run.name}: {p}" for p in problems]
+  flat = report_labels.flatten(config)
+  return [Row(objective, variant, steps, scale, seed, {}, [], None, None, "", path, run.name, flat, error)
+          for objective, variant, steps, scale in wanted if (objective, steps, scale) not in have]
+
+
+def attempted(config: dict) -> list[tuple[str, str, int, float]]:
+  """(objective, variant, steps, guidance scale) of the rows that a run of this config ends with."""
+  objective, evaluated, teacher = config["objective"], config["eval"], config["teacher"]
+  counts = config["train"]["stages"] or [objective.get("sampler_steps", objective.get("num_steps"))]
+  folded = teacher["folded_guidance_scale"]
+  scales = [folded or g for g in evaluated["guidance_scales"] or [teacher["guidance_scale"]]]
+  is_teacher = objective["name"] == "denoising"
+  return [("teacher" if is_teacher else objective["name"], "" if is_teacher else _variant(config), int(n), float(g))
+          for count in counts for n in dict.fromkeys([count, *evaluated["sampler_steps"]]) for g in scales]
+
+
+def _variant(config) -> str:
+  states = config["states"]
+  numbers = lambda prior: prior if isinstance(prior, list) else [prior]  # noqa: E731
+  # Of a schedule, its values: ["linear", a, b, fraction], ["piecewise", a, fraction, b, ...].
+  values = lambda p: p[1::2] if p[:1] == ["piecewise"] else p[1:3] if len(p) > 1 else p  # noqa: E731
+  drawn = [s for s in ("forward", "student", "teacher", "dagger") if any(values(numbers(states[s])))]
+  ddil = drawn != [_OWN_SOURCE.get(config["objective"]["name"], "forward")]
+  name = "+ddil" * ddil + "+reflected" * (config["reflect"]["kind"] != "identity") or "base"
+  acts = config["eval"].get("teacher_acts")
+  return name + (f"+teacher({','.join(map(str, acts))})" if acts else "")
 
 
 def _json(path, kind, problems):
@@ -136,7 +222,7 @@ def check(raw, problems: list[str], path=pathlib.Path(), run: str = "") -> Row |
   objective = str(needed["objective"])
   variant = "" if objective == "teacher" else str(raw.get("variant") or "base")
   return Row(
-      objective, variant, int(needed["steps"]), needed["guidance_scale"], int(needed["seed"]),
+      objective, variant, int(needed["steps"]), needed["guidance_scale"], int(needed["seed"]), setting=Setting(variant),
       metrics={str(k): _number(v) for k, v in metrics.items()},
       shift=[p for p in shift if isinstance(p, dict)],
       network_evaluations=_number(raw.get("network_evaluations")), seconds=_number(raw.get("seconds")),
@@ -151,16 +237,16 @@ def _number(value):
 def unique(rows: list[Row], missing: list[str]) -> list[Row]:
   """Rows in the tables' order, each once; where two contradict, the first counts and `missing` says so."""
   found = {}
+  same = lambda row: (row.group, row.variant, row.seed, tuple(sorted(row.metrics.items())))  # noqa: E731
+  known = {same(row) for row in rows if row.config}
   for row in rows:
-    first = found.setdefault((row.group, row.variant, row.seed, frozenset(row.metrics)), row)
+    if not row.config and same(row) in known:  # merged results, of runs that are here themselves
+      continue
+    first = found.setdefault((row.group, row.label, row.seed, frozenset(row.metrics)), row)
     if first.metrics != row.metrics:
-      missing.append(f"unlike rows for {row.label}, seed {row.seed}: that of {first.run} counts, "
+      missing.append(f"unlike rows for {row.title}, seed {row.seed}: that of {first.run} counts, "
                      f"that of {row.run} does not")
-  return sorted(found.values(), key=lambda r: (order(r.group), variant_order(r.variant), r.seed))
-
-
-def variant_order(variant):
-  return VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS), variant
+  return sorted(found.values(), key=lambda r: (order(r.group), r.setting.order, r.seed))
 
 
 def order(group):

@@ -1,84 +1,111 @@
-"""The summary of results: a Frechet distance per method and variant, paired over seeds; and as text.
+"""Comparisons as text: Markdown, CSV, and a table for the terminal."""
 
-Values are compared only under one full metric name (`fd@2000/test/digits-cnn-1a2b3c4d`) and, between
-variants, only over the seeds that both have.
-"""
-
+import csv
+import io
 import itertools
 import math
-import statistics
 import textwrap
-from typing import NamedTuple
 
-from ddil_jax.evaluation import report_rows
-from ddil_jax.evaluation.report_rows import Row, order, variant_order
+import numpy as np
 
-
-class Cell(NamedTuple):
-  """One metric of one variant: finite values by seed, and the paired differences to base by seed."""
-
-  values: dict[int, float]
-  differences: dict[int, float]
-  failed: int  # seeds whose value is not finite
-  best: bool
-
-  @property
-  def mean(self):
-    return statistics.fmean(self.values.values()) if self.values else None
-
-  @property
-  def difference(self):
-    return statistics.fmean(self.differences.values()) if self.differences else None
-
-  @property
-  def lower(self):
-    return sum(d < 0 for d in self.differences.values())
-
-  @property
-  def sign(self):
-    """-1 or 1 where all of at least two seeds agree on the sign of the difference, else 0."""
-    signs = {(d > 0) - (d < 0) for d in self.differences.values()}
-    return signs.pop() if len(signs) == 1 < len(self.differences) else 0
+from ddil_jax.evaluation import comparisons, meanings, report_rows, statistics
 
 
-def summarise(rows: list[Row]) -> list[dict]:
-  """A table for each full name of a Frechet distance: unlike ones never share a table.
+def markdown(found: list[dict]) -> str:
+  """Rows of `comparisons.compare` as Markdown: for each metric name a table and what its numbers mean."""
+  parts = []
+  for metric, rows in itertools.groupby(found, lambda row: row["metric"]):
+    parts.append(_markdown_table(metric, list(rows)))
+  return "\n".join(parts)
 
-  Returns:
-    [{"metric", "size": the median, "variants", "teacher": [group], "groups": [group of students]}] with
-    group = {"objective", "steps", "guidance_scale", "teacher": the teacher's own mean distance at the same
-    steps and guidance scale, "evaluations", "cells": {variant: Cell}}.
-  """
-  tables = []
-  for metric in sorted({m for r in rows for m in r.metrics if m.startswith("fd@")}):
-    found, evaluations = {}, {}
-    for r in rows:
-      if metric in r.metrics:
-        found.setdefault(r.group, {}).setdefault(r.variant, {}).setdefault(r.seed, r.metrics[metric])
-        evaluations.setdefault(r.group, set()).add(r.network_evaluations)
-    cells = {group: _cells(found[group]) for group in sorted(found, key=order)}
-    teachers = {group[1:]: of[""].mean for group, of in cells.items() if group[0] == "teacher"}
-    groups = [dict(objective=group[0], steps=group[1], guidance_scale=group[2], cells=of,
-                   teacher=teachers.get(group[1:]), evaluations=sorted(evaluations[group] - {None}))
-              for group, of in cells.items()]
-    students = [g for g in groups if g["objective"] != "teacher"]
-    means = [c.mean for of in cells.values() for c in of.values() if c.values]
-    tables.append(dict(
-        metric=metric, size=statistics.median(means or [0]),
-        variants=sorted({v for g in students for v in g["cells"]}, key=variant_order),
-        teacher=[g for g in groups if g["objective"] == "teacher"], groups=students))
-  return tables
+
+def _markdown_table(metric, rows) -> str:
+  size = float(np.median([abs(r["mean"]) for r in rows if r["mean"] is not None] or [0]))
+  teachers = {r["setting"] for r in rows if r["objective"] == "teacher"}
+  if len(teachers) == 1:  # its values have a column
+    rows = [r for r in rows if r["objective"] != "teacher"] or rows
+  reasons = list(dict.fromkeys(reason for r in rows for reason in r["reasons"]))
+  columns = {
+      "method": [r["objective"] for r in rows], "steps": [str(r["steps"]) for r in rows],
+      "guidance scale": [f"{r['guidance_scale']:g}" for r in rows],
+      "setting": [r["setting"] or r["objective"] for r in rows],
+      "teacher": [fmt(r["teacher"], size) for r in rows],
+      metric.partition("@")[0]: [_value(r, size, reasons) for r in rows],
+      "baseline": [r["baseline"] or "" for r in rows], "difference": [_difference(r, size) for r in rows],
+      "lower in": [f"{r['lower']}/{r['shared_seeds']}" if r["shared_seeds"] else "" for r in rows]}
+  only = list(dict.fromkeys(r["baseline"] for r in rows if r["difference"] is not None))
+  dropped = ["guidance scale"] * (set(columns["guidance scale"]) == {"1"}) + ["baseline"] * (len(only) < 2)
+  dropped += ["teacher"] * all(r["teacher"] is None or r["objective"] == "teacher" for r in rows)
+  dropped += ["difference", "lower in"] * (not only)
+  columns = {name: [" ".join(text.replace("|", "\\|").split()) for text in (name, *column)]
+             for name, column in columns.items() if name not in dropped}
+  widths = [max(map(len, column)) for column in columns.values()]
+  lines = [[text.ljust(width) for text, width in zip(line, widths)] for line in zip(*columns.values())]
+  lines.insert(1, ["-" * width for width in widths])
+  table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  notes = legend(metric, rows[0]["comparisons"], only, rows[0]["unnamed"])
+  return "\n".join([f"`{metric}`", "", table, "", *notes, *[""] * bool(reasons),
+                    *(f"[{i}] {reason}" for i, reason in enumerate(reasons, 1)), ""])
+
+
+def _value(row, size, reasons) -> str:
+  half = None if row["low"] is None else (row["high"] - row["low"]) / 2
+  text = fmt(row["mean"], size) + (f" ± {fmt(half, size)}" if half is not None else "") + f" ({row['seeds']})"
+  refs = "".join(f" [{reasons.index(reason) + 1}]" for reason in row["reasons"])
+  lost = ", ".join(f"{n} {fate}" for fate, n in row["failed"].items()) + refs
+  return ", ".join(([text] if row["seeds"] else []) + ([lost] if row["failed"] else []))
+
+
+def _difference(row, size) -> str:
+  if row["difference"] is None:
+    return ""
+  half = None if row["difference_low"] is None else (row["difference_high"] - row["difference_low"]) / 2
+  mark = " **" if row["significant_holm"] else " *" if row["significant"] else ""
+  return fmt(row["difference"], size, True) + (f" ± {fmt(half, size)}" if half is not None else "") + mark
+
+
+def legend(metric: str, count: int, baselines: list[str], unnamed: list[str]) -> list[str]:
+  """Sentences that say what the numbers of a table are."""
+  meaning = meanings.of(metric)
+  better = f", {meaning.better} is better" if meaning.better else ""
+  lines = [f"{meaning.heading}{better}: mean ± half the 95 % t-interval over"
+           f" training seeds (their number in brackets; fewer than {statistics.LEAST} seeds: no interval)."]
+  if unnamed:
+    lines.append(f"Where a setting names no value: {', '.join(unnamed)}.")
+  if baselines:
+    name = f"'{baselines[0]}'" if len(baselines) == 1 else "the baseline that is like it in all else"
+    lines.append(f"Difference: mean paired difference to {name} over shared seeds ± half its 95 % t-interval.")
+  if count:
+    lines.append(f"*: that interval excludes 0; **: also after Holm's correction for the {count} comparisons made"
+                 f" here (without any true difference, about {count * (1 - statistics.LEVEL):.2g} of these would"
+                 " get a *).")
+  return lines
+
+
+def to_csv(found: list[dict]) -> str:
+  """Rows of `comparisons.compare` as CSV, with all digits."""
+  names = list(dict.fromkeys(itertools.chain(*found)))
+  text = io.StringIO()
+  writer = csv.DictWriter(text, names, lineterminator="\n")
+  writer.writeheader()
+  for row in found:
+    failed = "; ".join(f"{n} {fate}" for fate, n in row["failed"].items())
+    writer.writerow(row | {"failed": failed} | {name: "; ".join(row[name]) for name in ("reasons", "unnamed")})
+  return text.getvalue()
+
+
+# For the terminal ------------------------------------------------------------------------------
 
 
 def terminal_table(rows) -> str:
-  """The summary as text of at most 100 columns.
+  """The Frechet distances as text of at most 100 columns.
 
   Args:
     rows: the list that results.json holds.
   """
   notes, lines = [], []
   checked = [report_rows.check(raw, notes) for raw in rows]
-  for table in summarise(report_rows.unique([r for r in checked if r], notes)):
+  for table in comparisons.summarise(report_rows.unique([r for r in checked if r], notes)):
     lines += [*textwrap.wrap(f"Frechet distance, lower is better: {table['metric']}", 100), ""]
     for scale, own in itertools.groupby(table["teacher"], lambda g: g["guidance_scale"]):
       text = ", ".join(f"{g['steps']} step{'s' * (g['steps'] != 1)} {fmt(g['teacher'], table['size'])}"
@@ -92,8 +119,8 @@ def terminal_table(rows) -> str:
             ["steps"] + [str(g["steps"]) for g in groups],
             ["scale"] + [f"{g['guidance_scale']:g}" for g in groups],
             ["teacher"] + [fmt(g["teacher"], table["size"]) for g in groups]]
-    right = [_text_column(v, [g["cells"].get(v) for g in groups], table["size"]) for v in table["variants"]]
-    while True:  # variants that do not fit go into a further block
+    right = [_text_column(v, [g["cells"].get(v) for g in groups], table["size"]) for v in table["labels"]]
+    while True:  # settings that do not fit go into a further block
       block = list(left)
       while right and (len(block) == len(left) or _width([*block, right[0]]) <= 100):
         block.append(right.pop(0))
@@ -105,8 +132,8 @@ def terminal_table(rows) -> str:
   if not lines:
     return "No Frechet distance in the results.\n"
   notes = ["teacher: its own sampler at as many steps and that scale. In brackets: mean paired difference to "
-           "base, and in how many shared seeds it is lower. *: lower than all other variants in each of "
-           "at least two shared seeds.",
+           f"base, and in how many shared seeds it is lower. *: its 95 % t-interval (at least {statistics.LEAST} seeds)"
+           " excludes 0; **: also after Holm's correction for all comparisons of the table.",
            *(f"note: {n}" for n in dict.fromkeys(notes))]
   return "\n".join(lines + [line for note in notes for line in textwrap.wrap(note, 100)]) + "\n"
 
@@ -121,28 +148,16 @@ def fmt(value, like=None, sign: bool = False) -> str:
   return f"{value:{'+' if sign else ''}{kind}}"
 
 
-def _cells(by_variant) -> dict[str, Cell]:
-  finite = {v: {s: x for s, x in seeds.items() if x is not None} for v, seeds in by_variant.items()}
-  paired = lambda a, b: {s: finite[a][s] - finite[b][s] for s in finite[a] if s in finite[b]}  # noqa: E731
-  cells = {}
-  for v in sorted(by_variant, key=variant_order):
-    rivals = [list(paired(v, u).values()) for u in by_variant if u != v]
-    best = bool(rivals) and all(len(d) > 1 and max(d) < 0 for d in rivals)
-    differences = paired(v, "base") if v != "base" and "base" in finite else {}
-    cells[v] = Cell(finite[v], differences, len(by_variant[v]) - len(finite[v]), best)
-  return cells
-
-
-def _text_column(variant, cells, size) -> list[str]:
+def _text_column(label, cells, size) -> list[str]:
   """Head and cells, the means right-aligned among themselves."""
-  means = ["-" if c is None else fmt(c.mean, size) + "*" * c.best for c in cells]
-  width = max(len(m.rstrip("*")) for m in means)
-  texts = [_short(variant, 17)]
+  means = ["-" if c is None else fmt(c.mean, size) for c in cells]
+  width = max(map(len, means))
+  texts = [_short(label, 17)]
   for mean, c in zip(means, cells, strict=True):
-    text = " " * (width - len(mean.rstrip("*"))) + mean.ljust(len(mean.rstrip("*")) + 1)
+    text = mean.rjust(width)
     if c is not None and c.difference is not None:
-      text += f" ({fmt(c.difference, size, True)} {c.lower}/{len(c.differences)})"
-    texts.append(text.rstrip())
+      text += f" ({fmt(c.difference.mean, size, True)}{c.mark} {c.difference.lower}/{c.difference.n})"
+    texts.append(text)
   return texts
 
 

@@ -17,7 +17,7 @@ from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion.process import Process
 from ddil_jax.diffusion.solvers import Solver
 from ddil_jax.diffusion.transforms import Transform
-from ddil_jax.states.base import States
+from ddil_jax.states.base import Context, States
 from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
 
 Metrics = dict[str, Array]
@@ -90,6 +90,8 @@ class Objective(NamedTuple):
     needs_x0: the loss uses the clean image.
     prior_first: forward states at index 0 are pure noise.
     own_source: the states on which the base method trains.
+    diagnose: (View, states, Context) -> {name: [B]}: what the method measures of itself now and then,
+      outside the step (`training/step.py::make_diagnose`); None for nothing.
   """
   name: str
   grid: np.ndarray
@@ -105,6 +107,7 @@ class Objective(NamedTuple):
   needs_x0: bool = False
   prior_first: bool = False
   own_source: str = "forward"
+  diagnose: Callable[[View, States, Context], Metrics] | None = None
 
 
 def bind(denoiser: Denoiser, params: Params, keys: Array | None = None) -> DenoiseFn:

@@ -13,6 +13,9 @@ made by the generator as it was at the start of the step. The generator's inputs
 student's own sampler (DMD2's backward simulation is the student source), or of any mixture: that
 is DMD2 + DDIL.
 
+`gan_balance="auto"` weighs the GAN term by how its gradient at the generated image compares with that
+of the matching term, see `balance`. That is ours, not DMD2's.
+
 Source: arXiv 2405.14867 and 2311.18828; re-derived from the published equations and checked with
 golden vectors (`dmd2_*`); no code is carried over.
 """
@@ -27,6 +30,8 @@ from ddil_jax.diffusion import solvers, weighting
 from ddil_jax.diffusion.process import Process, add_noise
 from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import Objective, Parts, Player, bind, draw_index, guided_teacher, stop, unchanged
+from ddil_jax.registry import unknown
+from ddil_jax.states.rollouts import rollout_source
 from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
 
 
@@ -71,6 +76,26 @@ def gan_logits(process: Process, critic: Denoiser, head, params: Params, x: Arra
   return head(params["head"], named[feature])
 
 
+def gradient_norm(gradient: Array) -> Array:
+  """Euclidean norm [B] over all pixels of each sample."""
+  return jnp.sqrt(jnp.sum(gradient**2, axis=tuple(range(1, gradient.ndim))))
+
+
+def balance(dm: Array, gan: Array, limit: float = 1e4, tiny: float = 1e-12) -> Array:
+  """Weight [B] that makes the GAN term's gradient at an image as long as the matching term's.
+
+  `w = min(|dL_dm/dx| / |dL_gan/dx|, limit)` per sample, under a stop-gradient.
+
+  Args:
+    dm, gan: [B,H,W,C], the derivatives of both losses by the generated image.
+
+  Source: ours. VQGAN (arXiv 2012.09841, eq. 7) takes the ratio over the batch at the decoder's last
+  layer. At the image and per sample it needs no second pass through the generator, it is normalised as
+  DMD2's matching gradient is, and it does not depend on how the batch is split over devices.
+  """
+  return stop(jnp.minimum(gradient_norm(dm) / jnp.maximum(gradient_norm(gan), tiny), limit))
+
+
 def time_table(process: Process, size: int = 1000, karras=None) -> np.ndarray:
   """Ascending times [size] from which noise levels are drawn: the discrete steps, EDM's Karras
   levels (`karras`: n -> decreasing levels), or even spacing."""
@@ -83,7 +108,8 @@ def time_table(process: Process, size: int = 1000, karras=None) -> np.ndarray:
 
 def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[float, float] = (0.02, 0.98),
          critic_weight: str = "snr", gan_weight: float = 0.0, gan_critic_weight: float = 1e-2,
-         feature: str = "bottleneck", weight_cap: float = float("inf"), tiny: float = 1e-8) -> Objective:
+         feature: str = "bottleneck", weight_cap: float = float("inf"), tiny: float = 1e-8,
+         gan_balance: str = "fixed", gan_balance_limit: float = 1e4) -> Objective:
   """DMD2 for a student of `num_steps` steps.
 
   Args:
@@ -93,12 +119,17 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
     gan_weight, gan_critic_weight: weights of the generator's and the critic's GAN terms; 0 is off.
     feature: which of the critic's features the head reads.
     tiny: floor of the gradient's normaliser.
+    gan_balance: "fixed", or "auto": gan_weight is then the length of the GAN term's gradient at the
+      generated image in units of the matching term's, see `balance`.
+    gan_balance_limit: of the factor on gan_weight under "auto".
   """
   process = parts.process
   if not 0 <= dm_range[0] < dm_range[1] <= 1:
     raise UsageError(f"dmd2: dm_range {dm_range} must be (low, high) with 0 <= low < high <= 1")
   if period < 1:
     raise UsageError(f"dmd2: period {period} must be at least 1")
+  if gan_balance not in ("fixed", "auto"):
+    raise UsageError(unknown("dmd2: gan_balance", gan_balance, ("fixed", "auto")))
   grid = parts.make_grid(num_steps)
   # One array for all draws: a second copy would be a second constant of the program.
   table = jnp.asarray(time_table(process, karras=lambda n: parts.make_grid(n)[:n]), jnp.float32)
@@ -117,25 +148,44 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
   def generate(params, states, keys):
     return parts.student(params, states.x_t, states.t, states.cond, keys_lib.named(keys, "dropout"))
 
+  def matching(view, x, cond, keys):
+    fake = parts.reflect_target(bind(parts.critic, view.params["critic"]["net"]))
+    loss, found = dm_loss(process, teacher(view.teacher), fake, x, times(keys, "dm_t", low, high + 1),
+                          noise(keys, "dm_eps", x), cond, tiny=tiny)
+    return loss, found["gradient"]
+
+  def fooling(view, x, cond, keys):
+    logits = gan_logits(process, parts.critic, parts.head, view.params["critic"], x, times(keys, "gan_g_t"),
+                        noise(keys, "gan_g_eps", x), cond, feature)
+    return jax.nn.softplus(-logits)
+
+  def fooling_gradient(view, x, cond, keys):
+    gan, pull_back = jax.vjp(lambda x: fooling(view, x, cond, keys), x)
+    return gan, pull_back(jnp.ones_like(gan))[0]
+
   def generator_loss(params, view, states, batch, keys):
     del batch
     x = generate(params, states, keys)
-    critic = view.params["critic"]
-    fake = parts.reflect_target(bind(parts.critic, critic["net"]))
-    loss, parts_of_it = dm_loss(process, teacher(view.teacher), fake, x, times(keys, "dm_t", low, high + 1),
-                                noise(keys, "dm_eps", x), states.cond, tiny=tiny)
-    metrics = {"dm": loss, "dm_gradient": jnp.sqrt(mse(parts_of_it["gradient"], jnp.zeros_like(x)))}
-    if with_gan:
-      logits = gan_logits(process, parts.critic, parts.head, critic, x, times(keys, "gan_g_t"),
-                          noise(keys, "gan_g_eps", x), states.cond, feature)
-      metrics["gan"] = jax.nn.softplus(-logits)
+    loss, gradient = matching(view, x, states.cond, keys)
+    metrics = {"dm": loss, "dm_gradient": jnp.sqrt(mse(gradient, jnp.zeros_like(x)))}
+    if with_gan and gan_balance == "fixed":
+      metrics["gan"] = fooling(view, x, states.cond, keys)
       loss = loss + gan_weight * metrics["gan"]
+    elif with_gan:
+      metrics["gan"], by_image = fooling_gradient(view, stop(x), states.cond, keys)
+      metrics["gan_balance"] = balance(gradient / gradient[0].size, by_image, gan_balance_limit)
+      # The gradient at the image is known, so it is carried on without a second pass through the critic.
+      carried = jnp.sum((x - stop(x)) * by_image, axis=tuple(range(1, x.ndim)))
+      loss = loss + gan_weight * metrics["gan_balance"] * (metrics["gan"] + carried)
     return loss, metrics
+
+  def score_loss(net, x, cond, keys):
+    return critic_loss(process, bind(parts.critic, net), x, times(keys, "critic_t"), noise(keys, "critic_eps", x),
+                       cond, weight_fn)[0]
 
   def critic_player(params, view, states, batch, keys):
     x = stop(generate(view.params["student"], states, keys))
-    loss, _ = critic_loss(process, bind(parts.critic, params["net"]), x, times(keys, "critic_t"),
-                          noise(keys, "critic_eps", x), states.cond, weight_fn)
+    loss = score_loss(params["net"], x, states.cond, keys)
     metrics = {"score": loss}
     if with_gan:
       real = batch["image"]
@@ -147,6 +197,25 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
       metrics["gan"] = jax.nn.softplus(fake_logits) + jax.nn.softplus(-real_logits)
       loss = loss + gan_critic_weight * metrics["gan"]
     return loss, metrics
+
+  def sampler_policy(ctx):
+    return solver(process, parts.reflect_sampler(bind(parts.student, ctx.student)))
+
+  draw, solver = draw_index(grid), solvers.renoise()
+  backward_simulation = rollout_source("student", process, sampler_policy, grid, grid, draw, unchanged)
+
+  def diagnose(view, states, ctx):
+    student, critic = view.params["student"], view.params["critic"]
+    fresh = backward_simulation.fresh(ctx._replace(student=student))
+    x, of_fresh = (generate(student, each, ctx.keys) for each in (states, fresh))
+    training, now = (score_loss(critic["net"], image, each.cond, ctx.keys)
+                     for image, each in ((x, states), (of_fresh, fresh)))
+    _, gradient = matching(view, x, states.cond, ctx.keys)
+    found = {"score_training": training, "score_fresh": now, "critic_lag": now - training,
+             "dm_gradient_norm": gradient_norm(gradient / gradient[0].size)}
+    if with_gan:
+      found["gan_gradient_norm"] = gradient_norm(fooling_gradient(view, x, states.cond, ctx.keys)[1])
+    return found
 
   def init(key, teacher_params):
     student = parts.init_student(keys_lib.named(key, "student"), teacher_params)
@@ -160,7 +229,6 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
     return {"student": student, "critic": critic}
 
   return Objective(
-      name="dmd2", grid=grid, sampler_grid=grid, solver=solvers.renoise(), student=parts.student, teacher=teacher,
+      name="dmd2", grid=grid, sampler_grid=grid, solver=solver, student=parts.student, teacher=teacher,
       init=init, players=(Player("student", generator_loss, period), Player("critic", critic_player)),
-      draw=draw_index(grid), condition=unchanged, prior_first=True,
-      own_source="student")
+      draw=draw, condition=unchanged, prior_first=True, own_source="student", diagnose=diagnose)

@@ -27,7 +27,8 @@ from jax.experimental import multihost_utils
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.registry import unknown
 from ddil_jax.training.params import describe, digest, load_params, require_same, unflatten
-from ddil_jax.training.workdir import CHECKPOINTS, cannot_write, sync_folder, write_json_atomic
+from ddil_jax.files import cannot_write, sync_folder, write_json
+from ddil_jax.training.workdir import CHECKPOINTS
 from ddil_jax.types import Params
 
 PARTIAL = ".partial"
@@ -228,7 +229,7 @@ class Checkpoints:
         partial = self._folder(step, PARTIAL)
         record |= {"files": {path.relative_to(partial).as_posix(): _file_hash(path)
                              for path in sorted(partial.rglob("*")) if path.is_file()}}
-        write_json_atomic(partial / "record.json", record | {"sha256": digest(record)})
+        write_json(partial / "record.json", record | {"sha256": digest(record)})
         partial.rename(self._folder(step))
         sync_folder(self._directory)
         self._prune(step)

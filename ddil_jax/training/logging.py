@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from ddil_jax.errors import UsageError
-from ddil_jax.training.workdir import cannot_write, write_bytes_atomic
+from ddil_jax.files import cannot_write, write_bytes
 
 PACKAGES = ("ddil-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -45,7 +45,7 @@ class MetricWriter:
     self._path = pathlib.Path(workdir) / "metrics.jsonl"
     if self._path.exists():
       kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-      write_bytes_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+      write_bytes(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     try:
       self._lines = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
       self._events = _EventFile(pathlib.Path(workdir) / "tensorboard", step)

@@ -1,5 +1,6 @@
 """The host's loop around the training step: data in, metrics out, checkpoints, stopping and resuming."""
 
+import collections
 import contextlib
 import signal
 import threading
@@ -15,12 +16,13 @@ from ddil_jax.training.step import Mean, TrainState
 
 
 class Settings(NamedTuple):
-  """How long, and how often; in steps. A period of 0 means only at the end."""
+  """How long, and how often; in steps. A period of 0 means only at the end, and never for `diagnose_every`."""
   steps: int
   log_every: int
   eval_every: int
   checkpoint_every: int
   max_bad_steps: int
+  diagnose_every: int
 
 
 class Hooks(NamedTuple):
@@ -31,11 +33,13 @@ class Hooks(NamedTuple):
     save: (step, state in the plain layout, its metrics).
     evaluate: (step, state in the plain layout) -> its metrics.
     dump: (step, state) -> where the state of a failed run was written.
+    diagnose: (step, state in the plain layout): measures and logs what a step does not.
   """
   log: Callable[[int, dict[str, float]], None]
   save: Callable[[int, TrainState, dict[str, float]], None]
   evaluate: Callable[[int, TrainState], dict[str, float]]
   dump: Callable[[int, TrainState], str]
+  diagnose: Callable[[int, TrainState], None]
 
 
 class Stopped(Exception):
@@ -68,6 +72,8 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
       if last or done % settings.log_every == 0:
         hooks.log(done, summarise(pending))
         pending = []
+      if settings.diagnose_every and done % settings.diagnose_every == 0:
+        hooks.diagnose(done, runner.fetch(state))
       measured = {}
       if settings.eval_every and done % settings.eval_every == 0 and not last:
         measured = hooks.evaluate(done, runner.fetch(state))
@@ -81,12 +87,25 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
 
 
 def summarise(window: list[dict[str, Mean]]) -> dict[str, float]:
-  """Means over a window of steps; a metric without any count is left out."""
-  totals: dict[str, np.ndarray] = {}
+  """What a window of steps is logged as: means, and how much losses and gradient norms fluctuate.
+
+  `x` is the mean over everything that was counted. For losses and gradient norms `x_std` is the standard
+  deviation (n - 1) of the steps' own means, `x_std@source` that of the steps of a source. It costs the
+  step nothing. A metric without any count is left out, a deviation with fewer than two steps too.
+  """
+  counted = collections.defaultdict(list)
   for metrics in jax.device_get(window):
     for name, mean in metrics.items():
-      totals[name] = totals.get(name, 0) + np.array([mean.total, mean.count], np.float64)
-  return {name: total / count for name, (total, count) in sorted(totals.items()) if count > 0}
+      if mean.count > 0:
+        counted[name].append((mean.total, mean.count))
+  out = {}
+  for name, steps in counted.items():
+    total, count = np.array(steps, np.float64).T
+    out[name] = total.sum() / count.sum()
+    quantity, at, source = name.partition("@")
+    if quantity.endswith(("/loss", "/grad_norm")) and len(steps) > 1:
+      out[f"{quantity}_std{at}{source}"] = np.std(total / count, ddof=1)
+  return dict(sorted(out.items()))
 
 
 def _check_finite(runner, state, step, limit, hooks):

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by name: thin over optax."""
 
+import jax.numpy as jnp
 import optax
 
 from ddil_jax.errors import UsageError
@@ -39,3 +40,12 @@ def make(name: str, learning_rate, clip: float = 0.0, **options) -> optax.Gradie
   except TypeError as error:
     raise UsageError(f"optimizer '{name}' does not take these options {sorted(options)}: {error}") from None
   return optax.chain(optax.clip_by_global_norm(clip), optimizer) if clip else optimizer
+
+
+def warm_ema(decay: float) -> optax.Schedule:
+  """EMA decay that forgets the start: min(decay, (1 + n) / (10 + n)) at update n.
+
+  With a constant decay d the starting point keeps the weight d^n: 37 % after 1 / (1 - d) updates, which
+  spoils the average of a short run. Source: the `num_updates` rule of TensorFlow's ExponentialMovingAverage.
+  """
+  return lambda n: jnp.minimum(decay, (1.0 + n) / (10.0 + n))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
 from ddil_jax.training.step import TrainState
+from ddil_jax.types import Devices
 
 MODES = ("single", "mesh", "pmap")
 AXIS = "data"
@@ -46,14 +47,34 @@ def make_runner(mode: str, make_step: Callable[[str | None], Callable], batch_si
   Raises:
     UsageError: unknown mode, or a batch that the devices cannot share evenly.
   """
-  if mode not in MODES:
-    raise UsageError(unknown("parallel mode", mode, MODES))
-  devices = list(devices or jax.devices())
-  if mode == "single":
-    devices = devices[:1]
+  devices = _of_mode(mode, devices)
   if batch_size % len(devices):
     raise UsageError(f"batch_size {batch_size} must be a multiple of the {len(devices)} devices")
   return {"single": _single, "mesh": _mesh, "pmap": _pmap}[mode](make_step, devices)
+
+
+def _of_mode(mode, devices):
+  if mode not in MODES:
+    raise UsageError(unknown("parallel mode", mode, MODES))
+  devices = list(devices or jax.devices())
+  return devices[:1] if mode == "single" else devices
+
+
+def spread(mode: str, devices: list | None = None) -> Devices:
+  """The devices of a mode for work without a TrainState: one, or a mesh of all of them.
+
+  Raises:
+    UsageError: unknown mode.
+  """
+  devices = _of_mode(mode, devices)
+  split, whole = _layouts(devices)
+  return Devices(len(devices), lambda tree: jax.device_put(tree, split), lambda tree: jax.device_put(tree, whole))
+
+
+def _layouts(devices) -> tuple[NamedSharding, NamedSharding]:
+  """Split along axis 0, and a copy on every device."""
+  mesh = Mesh(np.array(devices), (AXIS,))
+  return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
 
 
 def _single(make_step, devices) -> Runner:
@@ -62,8 +83,7 @@ def _single(make_step, devices) -> Runner:
 
 
 def _mesh(make_step, devices) -> Runner:
-  mesh = Mesh(np.array(devices), (AXIS,))
-  split, whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+  split, whole = _layouts(devices)
 
   def shardings(state: TrainState) -> TrainState:
     replicated = jax.tree.map(lambda _: whole, state)

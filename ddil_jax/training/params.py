@@ -16,7 +16,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from ddil_jax.errors import UsageError
-from ddil_jax.training.workdir import write_bytes_atomic
+from ddil_jax.files import write_bytes
 from ddil_jax.types import Params
 
 # {name: {"dtype": "float32", "shape": [3, 3, 1, 16], "sha256": hex}}; "sha256" only where it is asked for.
@@ -107,7 +107,7 @@ def save_params(path, params: Params, meta: dict) -> None:
   header = {"meta": json.dumps(meta, sort_keys=True), "sha256": _seal(describe(params), meta)}
   # asarray, since ascontiguousarray turns a scalar into a vector.
   arrays = {name: np.asarray(_host(leaf), order="C") for name, leaf in flat.items()}
-  write_bytes_atomic(path, safetensors.numpy.save(arrays, header))
+  write_bytes(path, safetensors.numpy.save(arrays, header))
 
 
 def load_params(path) -> tuple[Params, dict]:

@@ -46,8 +46,8 @@ class Mean(NamedTuple):
   count: Array
 
 
-def init_state(objective: Objective, distribution: StateDistribution, optimizers, ema_decays: Mapping[str, float],
-               key: Array, teacher: Params, batch) -> TrainState:
+def init_state(objective: Objective, distribution: StateDistribution, optimizers,
+               ema_decays: Mapping[str, optax.ScalarOrSchedule], key: Array, teacher: Params, batch) -> TrainState:
   """The state before the first step. Every network starts as a copy of its own.
 
   Args:
@@ -70,14 +70,14 @@ def _context(step, root, batch, student, teacher, batch_size) -> Context:
   return Context(step, key, keys_lib.per_example(key, batch["lane"]), batch, student, teacher, batch_size)
 
 
-def make_train_step(objective: Objective, distribution: StateDistribution, optimizers, ema_decays: Mapping[str, float],
-                    batch_size: int, rollout_params: str = "raw", axis_name: str | None = None):
+def make_train_step(objective: Objective, distribution: StateDistribution, optimizers,
+                    ema_decays: Mapping[str, optax.ScalarOrSchedule], batch_size: int, rollout_params: str = "raw", axis_name: str | None = None):
   """Builds `(state, frozen, batch, root_key, due) -> (state, {name: Mean})`.
 
   Args:
     objective, distribution: what is learned, and on which states.
     optimizers: {player: optax.GradientTransformation}.
-    ema_decays: {name: decay} of the student's EMAs, updated after each student update.
+    ema_decays: {name: decay, or a schedule of it over the student's updates} of the student's EMAs.
     batch_size: examples over all devices.
     rollout_params: "raw", or the name of the EMA with which the student acts in rollouts.
     axis_name: the mapped axis under pmap; None under jit, where arrays are global.
@@ -107,7 +107,7 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
       averages = ema if name == "student" else {}
       own = (params[name], opt[name], averages)
       own, finite, player_metrics = _update(player, optimizers[name], ema_decays, view, states, batch, ctx.keys,
-                                            average, add_up, own)
+                                            distribution.sources, average, add_up, own)
       params[name], opt[name], averages = own
       ema.update(averages)
       all_finite &= finite
@@ -121,7 +121,24 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
   return train_step
 
 
-def _update(player: Player, optimizer, ema_decays, view: View, states: States, batch, keys, average, add_up, own):
+def make_diagnose(objective: Objective, distribution: StateDistribution, batch_size: int, rollout_params: str = "raw"):
+  """Builds `(state, frozen, batch, key) -> {"diagnose/<name>": Mean}`, which changes nothing.
+
+  What the objective measures of itself (`Objective.diagnose`), on states drawn as the step would draw them.
+  """
+  def diagnose(state: TrainState, frozen, batch, key: Array):
+    actor = state.params["student"] if rollout_params == "raw" else state.ema[rollout_params]
+    ctx = _context(state.step, key, batch, actor, frozen["teacher"], batch_size)
+    states, _ = distribution.sample(state.dist, ctx)
+    view = View(state.params, state.ema, frozen["teacher"], state.step)
+    found = objective.diagnose(view, jax.lax.stop_gradient(states), ctx)
+    return {f"diagnose/{name}": Mean(v.sum(), jnp.full((), v.shape[0], jnp.float32)) for name, v in found.items()}
+
+  return diagnose
+
+
+def _update(player: Player, optimizer, ema_decays, view: View, states: States, batch, keys, sources, average, add_up,
+            own):
   """One player's gradient step; a step that is not finite changes nothing."""
   params, opt, ema = own
 
@@ -136,22 +153,34 @@ def _update(player: Player, optimizer, ema_decays, view: View, states: States, b
   finite = jnp.isfinite(norm) & jnp.isfinite(value)
   updates, new_opt = optimizer.update(grads, opt, params)
   new_params = optax.apply_updates(params, updates)
-  new_ema = {name: optax.incremental_update(new_params, old, 1 - ema_decays[name]) for name, old in ema.items()}
+  decays = {name: ema_decays[name](view.step // player.period) if callable(ema_decays[name]) else ema_decays[name]
+            for name in ema}
+  new_ema = {name: optax.incremental_update(new_params, old, 1 - decays[name]) for name, old in ema.items()}
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
   own = (keep(new_params, params), keep(new_opt, opt), keep(new_ema, ema))
-  return own, finite, _metrics(player.name, loss, extra, states.source, norm, finite, add_up)
+  return own, finite, _metrics(player.name, sources, loss, extra, states.source, norm, finite, add_up)
 
 
-def _metrics(name, loss, extra, source, norm, finite, add_up) -> dict[str, Mean]:
-  """Means of the loss (all, and per source), of the extra terms, and of the gradient norm."""
-  count = jnp.full((), loss.shape[0], jnp.float32)
-  out = {f"{name}/loss": Mean(loss.sum(), count)}
-  for i, which in enumerate(SOURCES):
-    mask = source == i
+def _metrics(name, sources, loss, extra, source, norm, finite, add_up) -> dict[str, Mean]:
+  """Means of the loss and the gradient norm (all, and per source) and of the extra terms; skipped updates.
+
+  A gradient belongs to a source if the whole batch came from it, as at every step of a mixture that is
+  drawn `per_step`; the gradient of a mixed batch (`per_example`) counts for none.
+  """
+  whole = jnp.full((), loss.shape[0], jnp.float32)
+  out = {f"{name}/loss": Mean(loss.sum(), whole)}
+  for which in sources:
+    mask = source == SOURCES.index(which)
     out[f"{name}/loss@{which}"] = Mean(jnp.where(mask, loss, 0).sum(), mask.sum().astype(jnp.float32))
-  out |= {f"{name}/{key}": Mean(v.sum(), count) for key, v in extra.items()}
+  out |= {f"{name}/{key}": Mean(v.sum(), whole) for key, v in extra.items()}
   # A step that was skipped must not turn the averages of the others into NaN.
   out = {key: Mean(jnp.where(finite, m.total, 0), jnp.where(finite, m.count, 0)) for key, m in add_up(out).items()}
-  out[f"{name}/grad_norm"] = Mean(jnp.where(finite, norm, 0), finite.astype(jnp.float32))
-  return out
 
+  def norm_where(counted):
+    return Mean(jnp.where(counted, norm, 0), counted.astype(jnp.float32))
+
+  everything = out[f"{name}/loss"].count
+  for which in sources:
+    out[f"{name}/grad_norm@{which}"] = norm_where(finite & (out[f"{name}/loss@{which}"].count == everything))
+  out[f"{name}/grad_norm"] = norm_where(finite)
+  return out | {f"{name}/skipped": Mean(1 - finite.astype(jnp.float32), jnp.ones(()))}

@@ -5,7 +5,6 @@
   checkpoints/     see `checkpoint.py`        .lock           held by the process that writes here
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -14,7 +13,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ddil_jax.errors import RunError, UsageError
+from ddil_jax import files
+from ddil_jax.errors import UsageError
 
 CHECKPOINTS = "checkpoints"
 # What `overwrite` removes: names that a run makes, and nothing else. The config goes last, so that
@@ -50,7 +50,7 @@ class Workdir(NamedTuple):
 
 
 def prepare(workdir, config: dict, versions: dict, overwrite: bool = False,
-            may_change: Sequence[str] = ()) -> Workdir:
+            may_change: Sequence[str] = (), defaults: dict | None = None) -> Workdir:
   """Takes a folder for a run: a new one, or the one that a run of the same config left.
 
   Args:
@@ -59,6 +59,7 @@ def prepare(workdir, config: dict, versions: dict, overwrite: bool = False,
     versions: what runs it, see `logging.versions`; kept from the first start.
     overwrite: start anew: remove what an earlier run left (MADE_BY_RUN; other files stay).
     may_change: dotted fields, or prefixes of them, in which a continued run may differ.
+    defaults: of fields that came later than the run: what its config lacks has these values.
 
   Raises:
     UsageError: not a writable folder, in use by another process, or of another config.
@@ -70,17 +71,17 @@ def prepare(workdir, config: dict, versions: dict, overwrite: bool = False,
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
   except OSError as e:
-    raise cannot_write(path, e) from e
+    raise files.cannot_write(path, e) from e
   try:
-    return _claim(path, config, versions, overwrite, may_change, lock)
+    return _claim(path, config, versions, overwrite, may_change, defaults or {}, lock)
   except BaseException as e:
     lock.close()
     if isinstance(e, OSError):
-      raise cannot_write(path, e) from e
+      raise files.cannot_write(path, e) from e
     raise
 
 
-def _claim(path, config, versions, overwrite, may_change, lock) -> Workdir:
+def _claim(path, config, versions, overwrite, may_change, defaults, lock) -> Workdir:
   if overwrite:
     for name in MADE_BY_RUN:
       _remove(path / name)
@@ -89,19 +90,19 @@ def _claim(path, config, versions, overwrite, may_change, lock) -> Workdir:
     if left:
       raise UsageError(f"{path} holds {' and '.join(left)} but no config.json to say of which run; "
                        "give another workdir, or remove them")
-    write_json_atomic(path / "versions.json", versions)
-    write_json_atomic(path / "config.json", config)
+    files.write_json(path / "versions.json", versions)
+    files.write_json(path / "config.json", config)
     return Workdir(path, False, {}, {}, lock)
 
-  differ = differences(read_json(path / "config.json"), config)
+  differ = differences(with_defaults(files.read_json(path / "config.json"), _plain(defaults)), config)
   allowed = lambda field: any(field == f or field.startswith(f + ".") for f in may_change)  # noqa: E731
   refused = {field: pair for field, pair in differ.items() if not allowed(field)}
   if refused:
     raise UsageError(f"{path} holds a run of another config: {_sentence(refused)}; "
                      "give another workdir, or the config of that run")
-  before = read_json(path / "versions.json") if (path / "versions.json").exists() else versions
+  before = files.read_json(path / "versions.json") if (path / "versions.json").exists() else versions
   if differ:
-    write_json_atomic(path / "config.json", config)
+    files.write_json(path / "config.json", config)
   return Workdir(path, True, differ, differences(before, versions), lock)
 
 
@@ -114,6 +115,18 @@ def differences(there: dict, here: dict) -> dict[str, tuple[Any, Any]]:
   return {name: (a, b) for name, (a, b) in pairs.items() if a != b and json.dumps(a) != json.dumps(b)}
 
 
+def with_defaults(config: dict, defaults: dict) -> dict:
+  """The config with the fields that it lacks from `defaults`; groups that it lacks stay away."""
+  filled = dict(config)
+  for name, value in defaults.items():
+    if isinstance(value, dict):
+      if isinstance(config.get(name), dict):
+        filled[name] = with_defaults(config[name], value)
+    else:
+      filled.setdefault(name, value)
+  return filled
+
+
 def flat(config: dict, prefix: str = "") -> dict[str, Any]:
   """{"a": {"b": 1}} -> {"a.b": 1}; an empty dict is a value."""
   out = {}
@@ -121,51 +134,6 @@ def flat(config: dict, prefix: str = "") -> dict[str, Any]:
     inner = isinstance(value, dict) and value
     out |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
   return out
-
-
-def read_json(path) -> Any:
-  """Raises UsageError if the file is absent or damaged."""
-  try:
-    return json.loads(pathlib.Path(path).read_bytes())
-  except OSError as e:
-    raise UsageError(f"cannot read {path}: {e.strerror}") from e
-  except ValueError as e:
-    raise UsageError(f"{path} is damaged: {e}") from e
-
-
-def write_json_atomic(path, value: Any) -> None:
-  """Sorted, indented JSON; see `write_bytes_atomic`."""
-  write_bytes_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def write_bytes_atomic(path, data: bytes) -> None:
-  """Writes a file through a temporary neighbour: a reader or a crash never sees half of it.
-
-  Raises:
-    UsageError: not writable. RunError: no space.
-  """
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    try:
-      with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(temporary, path)
-    except BaseException:
-      temporary.unlink(missing_ok=True)
-      raise
-    sync_folder(path.parent)
-  except OSError as e:
-    raise cannot_write(path, e) from e
-
-
-def cannot_write(path, error: OSError) -> Exception:
-  """The one-line error for a failed write: a RunError where space is the matter, else a UsageError."""
-  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-    return RunError(f"cannot write {path}: {error.strerror}; free space and run the same command again")
-  return UsageError(f"cannot write {path}: {error.strerror or error}; give a path that can be written to")
 
 
 def _lock(path):
@@ -208,12 +176,3 @@ def _remove(path) -> None:
     shutil.rmtree(path)
   else:
     path.unlink(missing_ok=True)
-
-
-def sync_folder(folder) -> None:
-  """Makes a rename durable."""
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

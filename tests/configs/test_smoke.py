@@ -11,6 +11,7 @@ from ddil_jax import build
 from ddil_jax import config as config_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.data import pipeline
+from ddil_jax.evaluation import report_rows
 from ddil_jax.main import main
 from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests.running import SHORT, shared  # noqa: F401 (a fixture)
@@ -83,6 +84,9 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
   rows = json.loads((tmp_path / "run" / "results.json").read_text())
   teacher_run = config["objective"]["name"] == "denoising"
   counts = {row["steps"] for row in rows}
+  # What the report says of a run that failed is what it would have had.
+  assert report_rows.attempted(config) == [
+      (row["objective"], row["variant"], row["steps"], row["guidance_scale"]) for row in rows]
   if config["train"]["stages"]:
     assert counts == set(config["train"]["stages"])
   else:

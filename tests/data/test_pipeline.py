@@ -119,6 +119,19 @@ def test_processes_share_the_global_batch(count):
       np.testing.assert_array_equal(np.concatenate([p[s][key] for p in parts]), value)
 
 
+def test_a_fraction_is_the_same_share_for_all(digits_dir):
+  whole = pipeline.load("digits", digits_dir)
+  part = pipeline.subset(whole, 0.1)
+  assert len(part.images) == len(part.labels) == round(0.1 * len(whole.images))
+  keys = {image.tobytes(): label for image, label in zip(whole.images, whole.labels)}
+  assert all(keys[image.tobytes()] == label for image, label in zip(part.images, part.labels))
+  assert len(set(part.labels)) == whole.num_classes
+  assert (pipeline.subset(whole, 0.1).images == part.images).all() and pipeline.subset(whole, 1.0) is whole
+  for fraction in (0, -1, 1.5, 1e-6):
+    with pytest.raises(UsageError, match="data fraction"):
+      pipeline.subset(whole, fraction)
+
+
 def test_speed():
   """The requirement: 500 batches of 64 images 8x8 a second; here about a hundred times that is usual."""
   ds = pipeline.batches(pipeline.load("fake", num_examples=1297), 64, seed=0, flip=True)

@@ -1,5 +1,6 @@
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
@@ -7,8 +8,10 @@ import scipy.spatial.distance
 import scipy.stats
 from sklearn.metrics.pairwise import rbf_kernel
 
+from ddil_jax.diffusion import process
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import covariate_shift as cs
+from ddil_jax.models import exact
 
 
 def normal(shape, seed=0):
@@ -168,6 +171,25 @@ def test_curves_are_the_plain_functions_per_time():
       np.testing.assert_allclose(r[f"mmd2_{pair}"], cs.mmd2_unbiased(a[k], b[k], h), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sw2", "mmd2"])
+def test_paired_intervals_are_those_of_repeated_draws(kind):
+  """Sets that share their classes: what differs in classes from draw to draw cancels in a distance."""
+  def draw(seed):
+    rng = np.random.default_rng(seed)
+    label = 4 * rng.integers(0, 2, (1, 100, 1))
+    return [label + rng.standard_normal((1, 100, 3)) + shift for shift in (0.8, 0.8, 0)]
+
+  def measured(seed, num_bootstrap, paired):
+    (row,) = cs.shift_curves(*draw(seed), [0.5], num_bootstrap=num_bootstrap, num_projections=6, paired=paired)
+    name = f"{kind}_student_forward"
+    return row[name], (row[f"{name}_high"] - row[f"{name}_low"]) / (2 * 1.96)
+
+  scatter = np.std([measured(s, 2, True)[0] for s in range(150)])
+  paired, independent = (np.mean([measured(s, 60, how)[1] for s in range(12)]) for how in (True, False))
+  np.testing.assert_allclose(paired, scatter, rtol=0.25)
+  assert independent > 1.3 * scatter
+
+
 def test_weighted_mmd_leaves_out_copies():
   # Resampled with weights (2, 1, 0, 1): the pairs of distinct points, counted with their weights.
   x, w, h = normal((4, 3)), np.array([[2.0, 1.0, 0.0, 1.0]]), 1.3
@@ -176,6 +198,65 @@ def test_weighted_mmd_leaves_out_copies():
   both = {(i, j): w[0, i] * w[0, j] for i, j in pairs}
   expected = sum(both[p] * kernel[p] for p in pairs) / sum(both.values())
   np.testing.assert_allclose(cs._kernel_mean(x, x, w, w, h, within=True), expected, rtol=1e-12)
+
+
+def test_curves_of_features():
+  """Features [K+1,N,D] and a word before the names; without MMD where all forward features are alike."""
+  student, teacher, forward, second = (p.reshape(3, 200, 16)[..., :5] for p in paths(shift=0.5))
+  student[0] = teacher[0] = forward[0] = second[0] = 0.25
+  rows = cs.shift_curves(student, teacher, forward, GRID, second, space="feature_")
+  plain = cs.shift_curves(student, teacher, forward, GRID, second)
+  assert [{name.removeprefix("feature_"): v for name, v in row.items()} for row in rows] == plain
+  assert set(rows[1]) - set(plain[1]) == {name for name in rows[1] if name not in ("t", "k")}
+  assert rows[0]["feature_sw2_student_forward"] == 0
+  assert not any("mmd2" in name or "bandwidth" in name for name in rows[0])
+
+
+# Label error
+
+
+def test_label_error_is_the_rms_per_pixel_with_the_scatter_of_repeated_draws():
+  """Errors N(0, s_k^2) on every pixel of 16: E = s_k, with the deviation s_k / sqrt(2 * 16 * N) over draws."""
+  n, size = 300, np.array([0.3, 2.0]).reshape(2, 1, 1, 1, 1)
+  label = normal((2, n, 4, 4, 1), 1)
+  sources = {"forward": label, "student": label}
+  references = {"forward": label + size * normal(label.shape, 2), "student": label + 0.5}
+  rows = cs.label_error_curves(sources, references, GRID[:2], num_bootstrap=200)
+  assert [(r["k"], r["t"]) for r in rows] == [(0, 1.0), (1, 0.5)]
+  for r, s in zip(rows, size.ravel()):
+    np.testing.assert_allclose(r["label_error_forward"], s, rtol=0.03)
+    np.testing.assert_allclose(r["label_error_forward_high"] - r["label_error_forward_low"],
+                               2 * 1.96 * s / np.sqrt(2 * 16 * n), rtol=0.25)
+    assert r["label_error_forward_low"] < r["label_error_forward"] < r["label_error_forward_high"]
+    assert r["label_error_student"] == pytest.approx(0.5) == r["label_error_student_high"]
+
+
+def test_label_errors_of_a_wrong_teacher_against_the_true_denoiser():
+  """Data N(m, c^2), a teacher that takes c for c': wrong by (k' - k)(z - alpha m) with k = alpha c^2 / v.
+
+  On forward states E = |k' - k| sqrt(v), v = alpha^2 c^2 + sigma^2; on states that are off by d it is
+  |k' - k| sqrt(v + d^2): covariate shift makes the labels worse.
+  """
+  p, mean, std, wrong, off = process.cosine(), 0.3, 0.4, 0.6, 1.5
+  times = np.array([0.8, 0.4])
+  rng = np.random.default_rng(0)
+  labels, truths, expected = ({"forward": [], "student": []} for _ in range(3))
+  for t in times:
+    alpha, sigma = float(p.alpha(jnp.float32(t))), float(p.sigma(jnp.float32(t)))
+    v = (alpha * std)**2 + sigma**2
+    gain = alpha * std**2 / v - alpha * wrong**2 / ((alpha * wrong)**2 + sigma**2)
+    forward = alpha * mean + np.sqrt(v) * rng.standard_normal((2000, 2, 2, 1))
+    for source, z, d in (("forward", forward, 0), ("student", forward + off, off)):
+      for kept, c in ((labels, wrong), (truths, std)):
+        teacher = exact.gaussian(p, mean, c)
+        kept[source].append(teacher(teacher.params, jnp.asarray(z, jnp.float32), jnp.full(2000, t, jnp.float32), {}))
+      expected[source].append(abs(gain) * np.sqrt(v + d**2))
+  rows = cs.label_error_curves({s: np.stack(v) for s, v in labels.items()}, {s: np.stack(v) for s, v in truths.items()},
+                               times)
+  for k, row in enumerate(rows):
+    for source in ("forward", "student"):
+      np.testing.assert_allclose(row[f"label_error_{source}"], expected[source][k], rtol=0.03)
+    assert row["label_error_student_low"] > row["label_error_forward_high"]
 
 
 def test_curves_are_fast_enough():
@@ -198,8 +279,14 @@ def test_bad_input_is_named():
     cs.shift_curves(broken, teacher, forward, GRID)
   with pytest.raises(UsageError, match="the teacher path at k = 0 has 1 samples; at least 2"):
     cs.shift_curves(student, teacher[:, :1], forward, GRID)
+  with pytest.raises(UsageError, match="paired sets of 10, 9, 10 samples"):
+    cs.shift_curves(student, teacher[:, 1:], forward, GRID, paired=True)
   with pytest.raises(UsageError, match="bootstrap of 0 draws"):
     cs.shift_curves(student, teacher, forward, GRID, num_bootstrap=0)
+  with pytest.raises(UsageError, match=r"labels of student states have shape \(3, 10, .* references \(3, 9"):
+    cs.label_error_curves({"student": student}, {"student": student[:, 1:]}, GRID)
+  with pytest.raises(UsageError, match="references of student states at k = 1 has non-finite"):
+    cs.label_error_curves({"student": student}, {"student": broken}, GRID)
   with pytest.raises(UsageError, match="bandwidth is 0"):
     cs.mmd2_unbiased(student[0], teacher[0], 0)
   with pytest.raises(UsageError, match="unlike"):

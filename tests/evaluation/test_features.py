@@ -2,12 +2,14 @@ import logging
 import time
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import features as f
+from ddil_jax.training import parallel
 
 
 class Cnn(nn.Module):
@@ -90,9 +92,29 @@ def test_outputs_do_not_depend_on_how_images_are_handed_over(digits, trained):
   pieces = np.concatenate([extractor.features(images[i:i + 7]) for i in range(0, 300, 7)][:43])[:300]
   np.testing.assert_allclose(pieces, features, atol=1e-5)
   np.testing.assert_array_equal(extractor.features(images[:300]), features)
-  p = extractor.probabilities(images[:20])
+  p = f.probabilities(logits[:20])
   np.testing.assert_allclose(p.sum(axis=1), 1, rtol=1e-12)
   np.testing.assert_array_equal(p.argmax(axis=1), logits[:20].argmax(axis=1))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_outputs_do_not_depend_on_the_devices(digits, trained, count):
+  images, _ = digits
+  devices = parallel.spread("mesh", jax.devices()[:count])
+  sizes = []
+
+  def outputs(x):
+    sizes.append((len(x), len(x.sharding.device_set)))
+    return x.mean(axis=(1, 2)), x.reshape(len(x), -1)
+
+  mean, flat = f.in_batches(outputs, images[:70], devices, batch_size=32)
+  np.testing.assert_array_equal(flat, images[:70].reshape(70, -1))
+  np.testing.assert_allclose(mean, images[:70].mean(axis=(1, 2)), atol=1e-6)
+  assert sizes == [({1: 32, 3: 33, 8: 32}[count], count)] * 3
+  few = f.make_extractor(Tiny(), Tiny().init(jax.random.key(0), images[:1]), images.shape[1:], "few")
+  spread = f.make_extractor(Tiny(), Tiny().init(jax.random.key(0), images[:1]), images.shape[1:], "few", devices)
+  assert spread.name == few.name
+  np.testing.assert_allclose(spread.features(images[:300]), few.features(images[:300]), atol=1e-5)
 
 
 def test_the_cache_returns_the_same_extractor(digits, trained, monkeypatch):

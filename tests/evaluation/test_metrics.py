@@ -1,11 +1,14 @@
 import numpy as np
+import prdc
 import pytest
 import scipy.linalg
+from sklearn.datasets import load_digits
 from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import metrics as m
+from ddil_jax.evaluation import pairs
 
 
 def draw(n, d, seed=0, scale=1.0, shift=0.0):
@@ -55,6 +58,13 @@ def test_frechet_invariances(n):
   np.testing.assert_allclose(m.frechet_distance(b, a), distance, rtol=1e-9)
 
 
+def test_frechet_in_blocks_and_in_float32(monkeypatch):
+  a, b = draw(300, 7, 1).astype(np.float32), draw(411, 7, 2, 1.4, 0.3).astype(np.float32)
+  whole = m.frechet_distance(a.astype(np.float64), b.astype(np.float64))
+  monkeypatch.setattr(m, "_ROWS", 64)
+  np.testing.assert_allclose(m.frechet_distance(a, b), whole, rtol=1e-12)
+
+
 def test_frechet_rank_deficient_has_its_exact_value():
   # Two sets on orthogonal lines: C_a C_b = 0, so the distance is tr C_a + tr C_b + |dm|^2.
   line = np.random.default_rng(0).standard_normal(50)
@@ -74,7 +84,7 @@ def naive_kid(a, b):
 
 
 def test_kernel_distance_equals_sklearns_kernel(monkeypatch):
-  monkeypatch.setattr(m, "_ENTRIES", 4000)  # chunks that do not divide the sets
+  monkeypatch.setattr(pairs, "COLUMNS", 37)  # tiles that do not divide the sets
   a, b = draw(120, 6, 1), draw(95, 6, 2, 1.1, 0.2)
   np.testing.assert_allclose(m.kernel_distance(a, b), naive_kid(a, b), rtol=1e-10)
 
@@ -87,6 +97,22 @@ def test_kernel_distance_is_unbiased_where_the_biased_one_is_not():
   kernel = lambda x, y: polynomial_kernel(x, y, degree=3, gamma=1 / 4, coef0=1)  # noqa: E731
   biased = np.array([kernel(a, a).mean() + kernel(b, b).mean() - 2 * kernel(a, b).mean() for a, b in sets])
   assert biased.mean() > 10 * values.std(ddof=1) / np.sqrt(len(values))
+
+
+def test_kernel_distance_of_classes_in_equal_numbers_is_low():
+  """By (k within classes - k over all) / (N - 1), as the docstring says: for such samples it is not unbiased."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(20) % 2
+  of = lambda labels: rng.standard_normal((len(labels), 3)) + 3.0 * labels[:, None]  # noqa: E731
+  iid = lambda n: of(rng.integers(0, 2, n))  # noqa: E731
+  values = [m.kernel_distance(of(labels), iid(200)) for _ in range(300)]
+  free = [m.kernel_distance(iid(20), iid(200)) for _ in range(300)]
+  kernel = m.cubic_kernel(*2 * (of(np.arange(2000) % 2),))
+  same = np.equal.outer(np.arange(2000) % 2, np.arange(2000) % 2)
+  expected = -(kernel[same].mean() - kernel.mean()) / 19
+  error = lambda x: np.std(x) / np.sqrt(len(x))  # noqa: E731
+  assert abs(np.mean(values) - expected) < 4 * error(values) < 0.5 * abs(expected)
+  assert abs(np.mean(free)) < 4 * error(free)
 
 
 def test_kernel_distance_in_blocks():
@@ -115,7 +141,7 @@ def naive_prdc(real, fake, k):
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_prdc_equals_brute_force(monkeypatch, k):
-  monkeypatch.setattr(m, "_ENTRIES", 41 * 150)
+  monkeypatch.setattr(pairs, "COLUMNS", 41)
   real, fake = draw(150, 5, 1), 0.8 * draw(130, 5, 1)[::-1] + 0.4
   expected = naive_prdc(real, fake, k)
   assert 0 < expected["precision"] < 1 and 0 < expected["coverage"] < 1
@@ -146,13 +172,15 @@ def test_prdc_of_a_copy_and_of_strangers():
   assert got["precision"] == 1 and got["recall"] < 0.05 and got["coverage"] < 0.1
 
 
-def test_squared_distances_are_exact_per_chunk(monkeypatch):
-  a, b = draw(23, 3, 1), draw(17, 3, 2)
-  monkeypatch.setattr(m, "_ENTRIES", 5 * 17)
-  chunks = list(m.squared_distances(a, b))
-  assert [len(d2) for _, d2 in chunks] == [5, 5, 5, 5, 3]
-  got = np.concatenate([d2 for _, d2 in chunks])
-  np.testing.assert_allclose(got, np.sum((a[:, None] - b[None])**2, axis=2), atol=1e-10)
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_prdc_equals_the_authors_package(k):
+  # Features of an untrained map of digits: real images, near ones and far ones.
+  images = load_digits().data
+  features = np.tanh(images @ np.random.default_rng(0).standard_normal((64, 16)) / 40)
+  real, fake = features[:900], 0.9 * features[900:] + 0.02
+  expected = prdc.compute_prdc(real, fake, k)
+  assert all(0.1 < value < 1.2 for value in expected.values())
+  assert m.prdc(real, fake, k) == pytest.approx(expected, abs=1e-12)
 
 
 # Classes and pixels
@@ -172,6 +200,7 @@ def test_saturation():
   assert m.saturation(images) == 4 / 8
   assert m.saturation(images, bound=1.1) == 1 / 8
   assert m.saturation(images, tol=0.02) == 5 / 8
+  assert m.saturated(images).tolist() == [3 / 4, 1 / 4]
 
 
 # Bad input

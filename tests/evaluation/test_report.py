@@ -8,6 +8,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+import scipy.stats
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, report, report_rows
 
@@ -65,7 +66,8 @@ def shift(steps, level):
       for pair, size in (("student_forward", level), ("student_teacher", .8 * level),
                          ("teacher_forward", .09), ("floor", .05)):
         v = (.04 + size * k / steps) * (1 if kind == "sw2" else .1)
-        row |= {f"{kind}_{pair}": v, f"{kind}_{pair}_low": .9 * v, f"{kind}_{pair}_high": 1.15 * v}
+        for name in (f"{kind}_{pair}", f"feature_{kind}_{pair}"):
+          row |= {name: v, f"{name}_low": .9 * v, f"{name}_high": 1.15 * v}
     rows.append(row)
   return rows
 
@@ -125,39 +127,48 @@ def cells(summary, table=0, objective="pd", steps=4):
               if (g["objective"], g["steps"]) == (objective, steps))["cells"]
 
 
-def test_summary_holds_the_means_the_paired_differences_and_the_best(study):
+def test_summary_holds_the_means_their_intervals_and_the_paired_differences(study):
   _, _, summary, text, page = study
   assert summary["missing"] == [] and summary["runs"] == 13 and summary["rows"] == 17
-  assert [t["metric"] for t in summary["tables"]] == [FD]
+  assert [t["metric"] for t in summary["tables"]] == [FD] and summary["tables"][0]["comparisons"] == 3
   found = cells(summary)
   for variant, by_seed in VALUES.items():
     assert found[variant]["mean"] == pytest.approx(np.mean(by_seed))
+    low, high = scipy.stats.ttest_1samp(by_seed, 0).confidence_interval()
+    assert (found[variant]["interval"]["low"], found[variant]["interval"]["high"]) == pytest.approx((low, high))
     if variant != "base":
-      assert found[variant]["difference"] == pytest.approx(np.mean(np.subtract(by_seed, VALUES["base"])))
-  # +ddil has the lowest mean, but the variant with both is lower in one seed: nothing is called best.
-  assert not any(c["best"] for c in found.values())
-  assert 'class="best"' not in text
-  assert "3.78 3.75 to 3.81, 3 seeds Δ −0.08, lower in 3/3 beats teacher: yes" in page.text
-  assert "Δ +2.77, lower in 0/3 beats teacher: no" in page.text
-  assert "lower in 1/3" in page.text
+      test = scipy.stats.ttest_rel(by_seed, VALUES["base"])
+      difference = found[variant]["difference"]
+      assert (difference["mean"], difference["p"]) == pytest.approx(
+          (np.mean(np.subtract(by_seed, VALUES["base"])), test.pvalue))
+      # p = .029, .002 and .78; Holm asks for at most .05 / 3 of the smallest, then .05 / 2.
+      assert found[variant]["mark"] == {"+ddil": "*", "+reflected": "**"}.get(variant, "")
+  assert found["base"]["difference"] is None and found["base"]["baseline"] is None
+  assert "3.78 ± 0.08 3 seeds Δ −0.08 ± 0.06 * lower in 3/3 beats teacher: yes" in page.text
+  assert "Δ +2.77 ± 0.55 ** lower in 0/3 beats teacher: no" in page.text
+  assert "lower in 1/3" in page.text and "for the 3 comparisons made here" in page.text
+  # Coloured only where marked: a gain green, a loss red.
+  assert [re.sub(" .*", "", x) for x in re.findall(r'<small class="good">Δ (.*?)</small>', text)] == ["−0.08"]
+  assert [re.sub(" .*", "", x) for x in re.findall(r'<small class="bad">Δ (.*?)</small>', text)] == ["+2.77"]
   json.dumps(summary)
 
 
-def test_best_is_bold_only_if_lower_in_every_shared_seed(tmp_path):
-  values = {"base": (3.9, 3.8), "+ddil": (3.8, 3.7), "+reflected": (6., 6.)}
+def test_two_seeds_that_agree_are_given_no_interval_and_no_mark(tmp_path):
+  values = {"base": (3.9, 3.8), "+ddil": (3.2, 3.1), "+reflected": (6., 6.)}
   runs = write_study(tmp_path, values, curves=False)
   summary = report.write_report(runs, tmp_path / "r.html")
-  assert [v for v, c in cells(summary).items() if c["best"]] == ["+ddil"]
-  text = (tmp_path / "r.html").read_text(encoding="utf-8")
-  assert re.findall(r'<span class="best">([^<]*)</span>', text) == ["3.75"]
-
-
-def test_one_seed_is_never_bold_and_shows_no_spread(tmp_path):
-  runs = write_study(tmp_path, {"base": (3.9,), "+ddil": (3.1,)}, curves=False)
-  summary = report.write_report(runs, tmp_path / "r.html")
+  assert all(c["mark"] == "" and c["interval"]["low"] is None for c in cells(summary).values())
+  assert summary["tables"][0]["comparisons"] == 0
   text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
-  assert not any(c["best"] for c in cells(summary).values())
-  assert "3.10 1 seed Δ −0.80, lower in 1/1" in text
+  assert "3.15 3.10 to 3.20 2 seeds: no interval Δ −0.70, lower in 2/2" in text
+  assert "comparisons made here" not in text
+
+
+def test_one_seed_shows_no_spread(tmp_path):
+  runs = write_study(tmp_path, {"base": (3.9,), "+ddil": (3.1,)}, curves=False)
+  report.write_report(runs, tmp_path / "r.html")
+  text = Page((tmp_path / "r.html").read_text(encoding="utf-8")).text
+  assert "3.10 1 seed: no interval Δ −0.80, lower in 1/1" in text
 
 
 def test_differences_use_shared_seeds_only():
@@ -189,8 +200,8 @@ def test_every_picture_has_an_alternative_text(study):
   images, figures = page.of("img"), page.of("svg")
   assert len(images) == 5 + 4  # the teacher at five step counts, four variants
   assert all(a["alt"].startswith("Grid of samples: ") for a in images)
-  # Shift twice, one figure per source, training curves of the teacher and the students.
-  assert len(figures) == 5
+  # Shift twice in states and twice in features, one figure per source, training curves of teacher and students.
+  assert len(figures) == 7
   assert all(a["role"] == "img" and a["aria-label"] for a in figures)
 
 
@@ -284,9 +295,10 @@ def test_values_that_are_not_finite_are_shown_and_left_out_of_the_means(tmp_path
   (runs[1] / "results.json").write_text(json.dumps(rows))
   summary = report.write_report(runs, tmp_path / "r.html")
   ddil = cells(summary)["+ddil"]
-  assert ddil["mean"] == 3.5 and ddil["failed"] == 2 and ddil["difference"] == pytest.approx(-.2)
+  assert ddil["mean"] == 3.5 and ddil["difference"]["mean"] == pytest.approx(-.2)
+  assert ddil["failed"] == {s: ("not finite", f"the metric of pd-_ddil-{s} is not finite") for s in (0, 1)}
   text = (tmp_path / "r.html").read_text(encoding="utf-8")
-  assert "2 seeds not finite" in Page(text).text
+  assert "2 seeds not finite [1][2]" in Page(text).text
   assert not re.search(r"\bnan\b|\binf\b", text.replace("font", ""), flags=re.I)
 
 

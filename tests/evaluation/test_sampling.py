@@ -6,6 +6,7 @@ import pytest
 
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import sampling
+from ddil_jax.training import parallel
 
 SHAPE = (8, 8, 1)
 
@@ -66,13 +67,40 @@ def test_noise_is_bitwise_the_same_for_every_batch_size():
   np.testing.assert_array_equal(sets[0][0], first)
 
 
-def test_labels_reach_their_samples_and_progress_is_told():
+def test_labels_reach_their_samples():
   paint = lambda keys, labels: jnp.ones((len(labels), 2, 2, 1)) * labels.reshape(-1, 1, 1, 1)  # noqa: E731
-  labels, seen = np.arange(10), []
-  got = sampling.sample_images(paint, 10, (2, 2, 1), 0, labels, batch_size=4,
-                               progress=lambda *done: seen.append(done))
-  np.testing.assert_array_equal(got[:, 0, 0, 0], labels)
-  assert seen == [(4, 10), (8, 10), (10, 10)]
+  labels = np.arange(10)
+  batches = list(sampling.sample_batches(paint, 10, (2, 2, 1), 0, labels, batch_size=4))
+  assert [len(batch) for batch in batches] == [4, 4, 2]
+  np.testing.assert_array_equal(np.concatenate(batches)[:, 0, 0, 0], labels)
+
+
+def test_batches_are_drawn_when_they_are_asked_for():
+  calls = []
+
+  def draw(keys, labels):
+    calls.append(len(keys))
+    return jnp.zeros((len(keys), *SHAPE))
+
+  batches = sampling.sample_batches(draw, 10**9, SHAPE, 0, batch_size=4)
+  next(batches), next(batches)
+  assert calls == [4, 4]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_images_do_not_depend_on_the_devices(sample_fn, count):
+  n, labels = 50, sampling.balanced_labels(50, 4)
+  whole = sampling.sample_images(sample_fn, n, SHAPE, seed=3, labels=labels, batch_size=n)
+  devices = parallel.spread("mesh", jax.devices()[:count])
+  spread = []
+
+  def draw(keys, labels):
+    spread.append((len(keys), len(keys.sharding.device_set)))
+    return sample_fn(keys, labels)
+
+  got = sampling.sample_images(draw, n, SHAPE, 3, labels, 16, devices)
+  np.testing.assert_allclose(got, whole, atol=1e-6, rtol=0)
+  assert set(spread) == {({1: 16, 3: 18, 8: 16}[count], count)}
 
 
 def test_balanced_labels():

@@ -45,14 +45,15 @@ def weights():
   """Parameters of `toy.net` with outputs of about 1, so that x0 leaves the box at high noise."""
   rng = np.random.default_rng(7)
   normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-  return {"W1": normal(2, 8), "b1": 0.3 * normal(8), "c1": normal(8), "W2": 0.4 * normal(8, 2), "b2": 0.3 * normal(2),
-          "phi": np.array([2e-3, -1.0], np.float32)}
+  return {"W1": normal(2, 8), "b1": 0.3 * normal(8), "c1": normal(8), "W2": 0.4 * normal(8, 2),
+          "b2": 0.3 * normal(2), "phi": np.array([2e-3, -1.0], np.float32)}
 
 
 def torch_net(x, t):
   """`toy.net` in PyTorch, on [B,C,H,W] at one time t."""
   p = {name: torch.from_numpy(value) for name, value in weights().items()}
-  hidden = torch.tanh(x.permute(0, 2, 3, 1) @ p["W1"] + p["b1"] + (p["phi"][0] * float(t) + p["phi"][1]) * p["c1"])
+  time = (p["phi"][0] * float(t) + p["phi"][1]) * p["c1"]
+  hidden = torch.tanh(x.permute(0, 2, 3, 1) @ p["W1"] + p["b1"] + time)
   return (hidden @ p["W2"] + p["b2"]).permute(0, 3, 1, 2)
 
 
@@ -88,16 +89,17 @@ def denoiser(process, prediction_type):
 
 def single_steps(policy, states, times, befores, noise):
   """Every step of a policy from the given state, all steps in one batch."""
-  rows = len(times) * SHAPE[0]
   # Filled up to the same number of rows in all cases, so that JAX compiles every operation once.
-  fold = lambda v: jnp.asarray(np.resize(np.concatenate(v), (MOST_STEPS * SHAPE[0],) + SHAPE[1:]))  # noqa: E731
-  per_step = lambda v: jnp.asarray(np.resize(np.repeat(v, SHAPE[0]), MOST_STEPS * SHAPE[0]), jnp.float32)  # noqa: E731
+  rows, filled = len(times) * SHAPE[0], MOST_STEPS * SHAPE[0]
+  fold = lambda v: jnp.asarray(np.resize(np.concatenate(v), (filled,) + SHAPE[1:]))  # noqa: E731
+  per_step = lambda v: jnp.asarray(np.resize(np.repeat(v, SHAPE[0]), filled), jnp.float32)  # noqa: E731
   x, t, s, eps = fold(states[:-1]), per_step(times), per_step(befores), fold(noise)
   step = lambda carry: policy.step(carry, x, t, s, {}, eps)  # noqa: E731
   start = policy.init(x)
   after, carry = step(start)
   if jax.tree.leaves(carry):  # what a step remembers is what the one before it saw
-    after, _ = step(jax.tree.map(lambda first, v: jnp.concatenate([first[:SHAPE[0]], v[:-SHAPE[0]]]), start, carry))
+    shift = lambda first, v: jnp.concatenate([first[:SHAPE[0]], v[:-SHAPE[0]]])  # noqa: E731
+    after, _ = step(jax.tree.map(shift, start, carry))
   return np.asarray(after)[:rows].reshape((-1,) + SHAPE)
 
 
@@ -162,14 +164,16 @@ def test_the_options_act():
   final = lambda **change: ddim_pair(**(usual | change))[0][-1]  # noqa: E731
   variants = [final(), final(kind="clip"), final(kind="clip", recompute=True), final(kind="dynamic"),
               final(kind="dynamic", recompute=True), final(eta=0.7), final(spacing="leading"),
-              final(spacing="linspace"), final(prediction_type="sample"), final(prediction_type="v_prediction")]
+              final(spacing="linspace"), final(prediction_type="sample"),
+              final(prediction_type="v_prediction")]
   for a, b in itertools.combinations(variants, 2):
     assert np.abs(a - b).max() > 1e-2
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_final_alpha_of_the_table(spacing):
-  theirs, policy, times, befores, noise = ddim_pair(6, spacing, "epsilon", "clip", 0.7, False, final_alpha_one=False)
+  theirs, policy, times, befores, noise = ddim_pair(6, spacing, "epsilon", "clip", 0.7, False,
+                                                    final_alpha_one=False)
   check(single_steps(policy, theirs, times, befores, noise), theirs[1:])
 
 
@@ -209,9 +213,9 @@ def test_lcm(scaling):
     if options is not CLIP:
       check(whole_walk(policy, x_T, times, befores, noise), theirs[1:])
 
-    theirs_scalings = np.array([scheduler.get_scalings_for_boundary_condition_discrete(float(t)) for t in (0, *times)])
-    ours_scalings = lcm_scalings(jnp.asarray([0, *times], jnp.float32), timestep_scaling=scaling)
-    check(np.stack(ours_scalings, 1), theirs_scalings)
+    at = [0.0, *times.astype(float)]
+    theirs_scalings = np.array([scheduler.get_scalings_for_boundary_condition_discrete(t) for t in at])
+    check(np.stack(lcm_scalings(jnp.asarray(at, jnp.float32), timestep_scaling=scaling), 1), theirs_scalings)
 
 
 # final_sigmas_type "zero" ends at clean data, where their last step is of first order whatever
@@ -221,7 +225,8 @@ def test_lcm(scaling):
 @pytest.mark.parametrize("n", [1, 2, 5, MOST_STEPS])
 def test_dpmpp_2m(n, end):
   heads = HEADS if n == 5 else ["epsilon"]
-  for prediction_type, kind, spacing in itertools.product(heads, ("plain", "dynamic"), ("linspace", "trailing")):
+  spacings = ("linspace", "trailing")
+  for prediction_type, kind, spacing in itertools.product(heads, ("plain", "dynamic"), spacings):
     options = DYNAMIC if kind == "dynamic" else {}
     scheduler = diffusers.DPMSolverMultistepScheduler(
         solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", prediction_type=prediction_type,
@@ -232,7 +237,8 @@ def test_dpmpp_2m(n, end):
     theirs = walk_torch(scheduler, n, x_T, lambda i, t, x, out: scheduler.step(out, t, x).prev_sample)
 
     process = processes.stable_diffusion(final_alpha_one=end == "zero")
-    policy = solvers.dpmpp_2m()(process, transforms.reflect(PROJECTIONS[kind][1])(denoiser(process, prediction_type)))
+    denoise = transforms.reflect(PROJECTIONS[kind][1])(denoiser(process, prediction_type))
+    policy = solvers.dpmpp_2m()(process, denoise)
     # Their "linspace" leaves out the last of n + 1 times; "trailing" is DDIM's.
     times = (grids.ddim_timesteps(n, "trailing") if spacing == "trailing"
              else grids.ddim_timesteps(n + 1, "linspace")[:-1])
@@ -244,6 +250,7 @@ def test_dpmpp_2m(n, end):
 
 
 @pytest.mark.parametrize("options, table", [
-    (SCALED_LINEAR, processes.sd_alphas_cumprod), (dict(beta_schedule="linear"), processes.ddpm_linear_alphas_cumprod)])
+    (SCALED_LINEAR, processes.sd_alphas_cumprod),
+    (dict(beta_schedule="linear"), processes.ddpm_linear_alphas_cumprod)])
 def test_tables_are_equal_to_the_bit(options, table):
   np.testing.assert_array_equal(table(), diffusers.DDIMScheduler(**options).alphas_cumprod.numpy())

@@ -140,30 +140,12 @@ def test_two_processes_at_once(tmp_path):
     assert run.resumed
 
 
-def test_atomic_writes(tmp_path):
-  path = tmp_path / "f.json"
-  workdir.write_json_atomic(path, {"b": 1, "a": [1, 2]})
-  assert workdir.read_json(path) == {"a": [1, 2], "b": 1}
-  with pytest.raises(TypeError):
-    workdir.write_json_atomic(path, {"a": object()})
-  assert workdir.read_json(path) == {"a": [1, 2], "b": 1}
-  with pytest.raises(UsageError, match="cannot write .*absent/f"):
-    workdir.write_bytes_atomic(tmp_path / "absent" / "f", b"")
-  (tmp_path / "folder").mkdir()
-  with pytest.raises(UsageError, match="cannot write .*folder: Is a directory"):
-    workdir.write_bytes_atomic(tmp_path / "folder", b"")
-  assert sorted(os.listdir(tmp_path)) == ["f.json", "folder"]
-
-
-def test_atomic_write_on_a_full_disk(tmp_path):
-  """Half a file is never seen: the old content stays. The limit is the kernel's, in a process of its own."""
-  script = ("import resource, sys\nfrom ddil_jax.errors import RunError\n"
-            "from ddil_jax.training.workdir import write_bytes_atomic\n"
-            "write_bytes_atomic(sys.argv[1], b'old')\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            "try:\n  write_bytes_atomic(sys.argv[1], b'x' * 5000)\nexcept RunError as e:\n  print(e)\n")
-  path = tmp_path / "f"
-  done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
-  assert done.stdout == f"cannot write {path}: File too large; free space and run the same command again\n"
-  assert path.read_bytes() == b"old"
-  assert os.listdir(tmp_path) == ["f"]
+def test_fields_that_came_later_have_their_defaults(tmp_path):
+  """A run of an older version continues; another value than the default is a difference."""
+  with prepare(tmp_path, {"a": {"old": (1, 2)}, "b": {"x": 1}}, {}):
+    pass
+  defaults = {"a": {"old": (0,), "new": (3,), "group": {"deep": 1}}, "c": {"y": 2}}
+  with prepare(tmp_path, {"a": {"old": (1, 2), "new": (3,)}, "b": {"x": 1}}, {}, defaults=defaults) as run:
+    assert run.resumed and not run.changed
+  with pytest.raises(UsageError, match="a.new is .3. there, .4. here"):
+    prepare(tmp_path, {"a": {"old": (1, 2), "new": (4,)}, "b": {"x": 1}}, {}, defaults=defaults)

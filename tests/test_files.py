@@ -1,13 +1,17 @@
 import errno
 import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from ddil_jax.errors import RunError, UsageError
-from ddil_jax.evaluation import files
+from ddil_jax import files
 
+ROOT = pathlib.Path(__file__).parents[1]
 ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b/c": np.array([1, -2]),
           "none": np.zeros((0, 4)), "strided": np.arange(12.0).reshape(3, 4).T}
 ABOUT = {"name": "x", "list": [1, 2.5, None]}
@@ -58,6 +62,35 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(os, "replace", full)
-  with pytest.raises(RunError, match="no space left for .*x; free some"):
+  with pytest.raises(RunError, match="cannot write .*x: No space left on device; free space"):
     files.write_bytes(path, b"new")
   assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x"]
+
+
+def test_json_comes_back_and_mistakes_leave_the_old_file(tmp_path):
+  path = tmp_path / "f.json"
+  files.write_json(path, {"b": 1, "a": [1, 2]})
+  assert files.read_json(path) == {"a": [1, 2], "b": 1}
+  with pytest.raises(TypeError):
+    files.write_json(path, {"a": object()})
+  assert files.read_json(path) == {"a": [1, 2], "b": 1}
+  with pytest.raises(UsageError, match="cannot write .*f.json/f: File exists"):
+    files.write_bytes(path / "f", b"")
+  (tmp_path / "folder").mkdir()
+  with pytest.raises(UsageError, match="cannot write .*folder: Is a directory"):
+    files.write_bytes(tmp_path / "folder", b"")
+  assert sorted(os.listdir(tmp_path)) == ["f.json", "folder"]
+
+
+def test_atomic_write_on_a_full_disk(tmp_path):
+  """Half a file is never seen: the old content stays. The limit is the kernel's, in a process of its own."""
+  script = ("import resource, sys\nfrom ddil_jax.errors import RunError\n"
+            "from ddil_jax.files import write_bytes\n"
+            "write_bytes(sys.argv[1], b'old')\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            "try:\n  write_bytes(sys.argv[1], b'x' * 5000)\nexcept RunError as e:\n  print(e)\n")
+  path = tmp_path / "f"
+  done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout == f"cannot write {path}: File too large; free space and run the same command again\n"
+  assert path.read_bytes() == b"old"
+  assert os.listdir(tmp_path) == ["f"]

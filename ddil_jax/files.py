@@ -1,0 +1,109 @@
+"""Files: written whole or not at all; arrays are read only if their hash is right. No pickles."""
+
+import errno
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from ddil_jax.errors import RunError, UsageError
+
+
+def write_bytes(path, data: bytes) -> None:
+  """Writes a file through a temporary neighbour: a reader or a crash never sees half of it. Makes its folder.
+
+  Raises:
+    UsageError: not writable. RunError: no space.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+      os.replace(temporary, path)
+    except BaseException:
+      temporary.unlink(missing_ok=True)
+      raise
+    sync_folder(path.parent)
+  except OSError as e:
+    raise cannot_write(path, e) from e
+
+
+def write_json(path, value: Any) -> None:
+  """Sorted, indented JSON; see `write_bytes`."""
+  write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_json(path) -> Any:
+  """Raises UsageError if the file is absent or damaged."""
+  try:
+    return json.loads(pathlib.Path(path).read_bytes())
+  except OSError as e:
+    raise UsageError(f"cannot read {path}: {e.strerror}") from e
+  except ValueError as e:
+    raise UsageError(f"{path} is damaged: {e}") from e
+
+
+def cannot_write(path, error: OSError) -> Exception:
+  """The one-line error for a failed write: a RunError where space is the matter, else a UsageError."""
+  if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    return RunError(f"cannot write {path}: {error.strerror}; free space and run the same command again")
+  return UsageError(f"cannot write {path}: {error.strerror or error}; give a path that can be written to")
+
+
+def sync_folder(folder) -> None:
+  """Makes a rename durable."""
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def digest(arrays: dict[str, np.ndarray], about="") -> str:
+  """sha256 (hex) over names, dtypes, shapes and bytes, and over `about`, anything JSON can hold."""
+  h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+  for name in sorted(arrays):
+    x = np.ascontiguousarray(arrays[name])
+    h.update(f"\0{name}\0{x.dtype.str}\0{x.shape}\0".encode())
+    h.update(x.data.cast("B") if x.size else b"")
+  return h.hexdigest()
+
+
+def save_arrays(path, arrays: dict[str, np.ndarray], about) -> None:
+  """Arrays as safetensors, with `about` as JSON and the hash of both in the file's header."""
+  # One entry: safetensors writes several in any order, and equal content should be equal bytes.
+  header = {"content": json.dumps({"about": about, "sha256": digest(arrays, about)}, sort_keys=True)}
+  write_bytes(path, safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, header))
+
+
+def load_arrays(path, remedy: str = "delete it, it is made again") -> tuple[dict[str, np.ndarray], object]:
+  """What `save_arrays` wrote: (arrays, about).
+
+  Args:
+    remedy: what helps where the file is damaged, to end the message with.
+
+  Raises:
+    UsageError: the file is absent, damaged, or its content does not have the hash it claims.
+  """
+  try:
+    with safetensors.safe_open(str(path), framework="numpy") as f:
+      content = json.loads((f.metadata() or {})["content"])
+      arrays = {k: f.get_tensor(k) for k in f.keys()}
+    about, claimed = content["about"], content["sha256"]
+  except FileNotFoundError as e:
+    raise UsageError(f"no file {path}") from e
+  except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    raise UsageError(f"{path} is damaged ({type(e).__name__}); {remedy}") from e
+  if digest(arrays, about) != claimed:
+    raise UsageError(f"{path} does not have the hash it claims; {remedy}")
+  return arrays, about

@@ -1,0 +1,168 @@
+"""What a trained network is worth: samples, metrics and covariate shift of a run, as rows of `results.json`."""
+
+import functools
+import pathlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddil_jax import build as build_lib
+from ddil_jax import shift as shift_lib
+from ddil_jax.data import pipeline
+from ddil_jax.errors import RunError
+from ddil_jax.evaluation import features, grids, perceptual, results, sampling
+from ddil_jax.evaluation.image_sets import ImageSet, InMemory
+from ddil_jax.interop import extractors
+from ddil_jax.models.classifier import Classifier
+from ddil_jax.training import parallel
+
+
+def variant(config: ConfigDict, built: build_lib.Built) -> str:
+  """base, +ddil, +reflected or +ddil+reflected; and the sampling steps that the teacher takes."""
+  ddil = built.distribution.sources != (built.objective.own_source,)
+  name = ("+ddil" * ddil + "+reflected" * (config.reflect.kind != "identity")) or "base"
+  acts = config.eval.teacher_acts
+  return name + f"+teacher({','.join(map(str, acts))})" * bool(acts)
+
+
+def what(config: ConfigDict, built: build_lib.Built, sampler: build_lib.Sampler) -> dict:
+  """What a row is about."""
+  teacher_run = config.objective.name == "denoising"
+  return {"objective": "teacher" if teacher_run else config.objective.name,
+          "variant": "" if teacher_run else variant(config, built), "steps": sampler.steps, "seed": config.seed,
+          "guidance_scale": sampler.guidance_scale}
+
+
+def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = None, shift: bool = True,
+            seconds: float = 0.0) -> list[dict]:
+  """One row per step count and guidance scale: metrics, covariate shift, a sample grid.
+
+  Samples are drawn in batches over the devices of `train.parallel`, measured and forgotten; only those
+  of the grid are kept.
+  """
+  devices = parallel.spread(config.train.parallel)
+  data = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
+  classes = built.dataset.num_classes
+  metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
+  networks = load_networks(config, built.parts.image_shape, metrics, built.dataset)
+  reference = InMemory(data.images)
+  name = reference_name(data.name, config.eval.reference, reference, networks)
+  labels = sampling.balanced_labels(config.eval.num_samples, classes)
+  params, rows = devices.whole(params), []
+  teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
+  for sampler in build_lib.samplers(config, built):
+    batches = sampling.sample_batches(draw_with(sampler, params, teacher), config.eval.num_samples, built.parts.image_shape,
+                                      config.eval.seed, labels, config.eval.batch_size, devices)
+    shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
+                   f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
+    measured = measure_images(config, shown, config.eval.num_samples, labels if classes > 1 else None, reference, name,
+                              networks, metrics)
+    row = what(config, built, sampler) | {
+        "metrics": measured.values, "intervals": {name: i._asdict() for name, i in measured.intervals.items()},
+        "shift": [], "network_evaluations": sampler.network_evaluations, "seconds": round(seconds, 2), "samples": ""}
+    if shift and config.eval.shift_samples and built.objective.teacher is not None and not sampler.with_teacher:
+      kinds = config.eval.shift_kinds
+      row["shift"] = shift_lib.probe(config, built, sampler, teacher).rows(
+          params, networks.extractor.features if "features" in kinds else None, "labels" in kinds)
+    if samples_dir is not None:
+      file, images = f"{sampler.steps}_steps_g{sampler.guidance_scale:g}.png", shown.first
+      grids.save_png(samples_dir / file, grids.image_grid(images, columns=10, scale=max(1, 32 // images.shape[1])))
+      row["samples"] = f"{samples_dir.name}/{file}"
+    rows.append(row)
+  return rows
+
+
+class _First:
+  """Passes batches on and keeps the first images; RunError with `diverged` for values that are not finite."""
+
+  def __init__(self, batches, num: int, diverged: str):
+    self._batches, self._num, self._diverged, self._kept = batches, num, diverged, []
+
+  def __iter__(self):
+    for batch in self._batches:
+      if not np.isfinite(batch).all():
+        raise RunError(self._diverged)
+      missing = self._num - sum(map(len, self._kept))
+      self._kept += [batch[:missing].copy()] if missing > 0 else []
+      yield batch
+
+  @property
+  def first(self) -> np.ndarray:
+    return np.concatenate(self._kept)
+
+
+def measure_images(config, batches, num: int, labels, reference: ImageSet, name: str, networks: "Networks",
+                   metrics) -> results.Measured:
+  """Metrics of `num` images in batches against a reference of that name."""
+  diversity = perceptual.LpipsDiversity(networks.lpips, labels)
+  measured = results.evaluate(batches if networks.lpips is None else diversity.tap(batches), labels, reference, name,
+                              networks.extractor, metrics, cache_dir(config), build_lib.evaluation_options(config),
+                              networks.judge)
+  if networks.lpips is None:
+    return measured
+  of_lpips = results.MetricName("lpips_diversity", num, extractor=networks.lpips.name)
+  return measured._replace(values=measured.values | {str(of_lpips): diversity.value()})
+
+
+def draw_with(sampler: build_lib.Sampler, params, teacher=None):
+  """(keys, labels) -> images; parameters are an argument of the compiled program, so that it is one for all runs."""
+  params = (params, teacher) if sampler.with_teacher else params
+  draw = jax.jit(lambda params, keys, label: sampler.sample(params, keys, {"label": label}))
+  return functools.partial(draw, params)
+
+
+def cache_dir(config) -> pathlib.Path:
+  """Where extractors and reference features are kept: beside the data."""
+  return pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
+
+
+class Networks(NamedTuple):
+  """What images are measured with.
+
+  Attributes:
+    extractor: of features and logits.
+    judge: of class accuracy, where that is not the extractor.
+    lpips: of LPIPS-diversity, or None.
+    own: the extractor is the small classifier of the data set, whose name says which set that is.
+  """
+  extractor: features.Extractor
+  judge: features.Extractor | None
+  lpips: features.Extractor | None
+  own: bool
+
+
+def load_networks(config, image_shape, metrics, dataset) -> Networks:
+  """The networks that the config names; the small classifier is that of the data set."""
+  published, lpips = (load_published(config, field, image_shape) for field in ("extractor", "lpips"))
+  classifier = load_classifier(config, dataset) if published is None or "class_accuracy" in metrics else None
+  return Networks(published or classifier, classifier if published else None, lpips, published is None)
+
+
+def reference_name(dataset: str, split: str, images: ImageSet, networks: Networks) -> str:
+  """The split; with a network that knows no data set also which set, in which size: "cifar10-test-1a2b3c4d"."""
+  return split if networks.own else f"{dataset}-{split}-{images.content[:8]}"
+
+
+def load_published(config, field: str, image_shape) -> features.Extractor | None:
+  """The network of published weights that `config.eval` has in a field, None for "": made once in a process."""
+  # Configs of older runs have no such fields.
+  text, quantise = config.eval.get(field, ""), config.eval.get("quantise", True)
+  return _published(text, quantise, tuple(image_shape), config.train.parallel) if text else None
+
+
+@functools.lru_cache(maxsize=2)
+def _published(text, quantise, image_shape, mode):
+  name, module, variables = extractors.from_config(text, quantise)
+  # Inception's maps of 299x299 images take 30 MiB an image.
+  return features.make_extractor(module, variables, image_shape, name, parallel.spread(mode), batch_size=16)
+
+
+def load_classifier(config, dataset) -> features.Extractor:
+  """The small classifier of a data set, trained once and kept beside the data."""
+  cache = cache_dir(config)
+  options = {"steps": 10} if config.data.name == "fake" else {}
+  return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
+                                   dataset.num_classes, cache, f"{dataset.name}-cnn",
+                                   devices=parallel.spread(config.train.parallel), **options)

@@ -1,0 +1,304 @@
+"""Runs the trials of a config's `sweep()`: here on worker processes, or as a SLURM or Kubernetes job.
+
+    python -m launch.sweep --config=configs/digits_pd.py --workdir=runs/sweep --config.teacher.path=runs/teacher
+    python -m launch.sweep --workdir=runs/sweep            # continues it
+    python -m launch.sweep --workdir=runs/sweep --retry    # failed trials again
+
+Every trial has its own run directory; a sweep can be stopped and continued at any time. The results of
+all trials, with the config fields that vary, lie in results.csv and results.parquet.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import queue as queues
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+
+from ddil_jax import config as config_lib
+from ddil_jax import files
+from ddil_jax import sweep as sweeps
+from ddil_jax.errors import RunError, UsageError
+from ddil_jax.sweep import Trial
+
+# Networks of a few pixels run as fast, and compile in half the time.
+SMALL = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
+
+
+def train(trial: Trial, workdir: pathlib.Path) -> None:
+  """One trial, in this process; its own output goes to log.txt. An error leaves `failed.json` and is raised."""
+  from ddil_jax import runs
+  from ddil_jax.training.loop import Stopped
+  folder, config = workdir / trial.name, None
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / sweeps.FAILED).unlink(missing_ok=True)
+  with open(folder / "log.txt", "a", buffering=1) as log:
+    old, sys.stdout = sys.stdout, log
+    try:
+      config = trial.config()
+      runs.train(config, folder)
+    except Stopped:
+      raise
+    except Exception as error:
+      expected = isinstance(error, RunError | UsageError)
+      if not expected:
+        traceback.print_exc(file=log)
+      text = str(error) if expected else f"{type(error).__name__}: {error}"
+      files.write_json(folder / sweeps.FAILED, {
+          "error": " ".join(text.split()), "config": config and config_lib.to_dict(config)})
+      raise
+    finally:
+      sys.stdout = old
+
+
+def worker(index: int, count: int, todo, outcomes, workdir: str, small: bool) -> None:
+  """Takes trials until there are none; one that fails is reported and the next one taken."""
+  # Ctrl-C is for the parent alone, which asks its workers to save and stop; so does its death.
+  os.setsid()
+  threading.Thread(target=_stop_with_parent, daemon=True).start()
+  # Its share of the cores: small nets run no faster on two than on one.
+  cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+  if count > 1 and len(cores) >= count:
+    os.sched_setaffinity(0, cores[index::count])
+  if small:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SMALL}"
+  import jax
+  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).resolve() / ".jax_cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  from ddil_jax.training.loop import Stopped
+  for trial in iter(todo.get, None):
+    try:
+      train(trial, pathlib.Path(workdir))
+      outcomes.put((trial.name, ""))
+    except (Stopped, KeyboardInterrupt):
+      return
+    except Exception as error:  # one failed trial must not end the sweep; it is listed at the end
+      outcomes.put((trial.name, f"{type(error).__name__}: {error}"))
+
+
+def _stop_with_parent():
+  multiprocessing.parent_process().join()
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: bool = False,
+            small: bool = False) -> dict[str, str]:
+  """Runs trials on worker processes with a steady progress line.
+
+  Args:
+    retry: failed ones are tried again; else they are left and listed.
+    small: compile flags for networks of a few pixels.
+
+  Returns:
+    {name: error} of the failed ones.
+  """
+  states = {trial.name: sweeps.status(trial, workdir) for trial in trials}
+  failed = {} if retry else {trial.name: files.read_json(workdir / trial.name / sweeps.FAILED)["error"]
+                             for trial in trials if states[trial.name] == "failed"}
+  todo = [trial for trial in trials if states[trial.name] != "done" and trial.name not in failed]
+  done_before = sum(state == "done" for state in states.values())
+  if done_before or failed:
+    print(f"{done_before} of {len(trials)} trials are done already" + (
+        f", {len(failed)} failed before (--retry runs these again)" if failed else ""), flush=True)
+  if not todo:
+    return failed
+  context = multiprocessing.get_context("spawn")
+  queue, outcomes = context.Queue(), context.Queue()
+  workers = min(workers, len(todo))
+  for trial in todo + [None] * workers:
+    queue.put(trial)
+  processes = [context.Process(target=worker, daemon=True, args=(i, workers, queue, outcomes, str(workdir), small))
+               for i in range(workers)]
+  for process in processes:
+    process.start()
+  try:
+    failed |= _follow(todo, processes, outcomes, workdir)
+  except BaseException:
+    print("stopping: the trials under way save their state", flush=True)
+    for process in processes:
+      process.terminate()
+    raise
+  finally:
+    for process in processes:
+      process.join()
+  return failed
+
+
+def _follow(todo, processes, outcomes, workdir) -> dict[str, str]:
+  """Prints how the trials fare until all have ended; returns {name: error}."""
+  began, done, failed = time.monotonic(), 0, {}
+  while done < len(todo):
+    try:
+      name, error = outcomes.get(timeout=10)
+    except queues.Empty:
+      if not any(p.is_alive() for p in processes):
+        raise RunError("the worker processes ended (out of memory?); the same command continues") from None
+      print(f"  {_running(workdir, todo)}", flush=True)
+      continue
+    done += 1
+    if error:
+      failed[name] = error
+    spent = time.monotonic() - began
+    left = spent / done * (len(todo) - done)
+    print(f"[{done}/{len(todo)}] {name}: {'FAILED: ' + error if error else 'done'};"
+          f" {spent:.0f} s, about {left:.0f} s left", flush=True)
+  return failed
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt():
+  """SIGTERM, as schedulers send it, does what Ctrl-C does."""
+  def interrupt(number, frame):
+    raise KeyboardInterrupt  # not by SIGINT, which a background process may ignore
+
+  old = signal.signal(signal.SIGTERM, interrupt)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, old)
+
+
+def _running(workdir, todo) -> str:
+  """The newest logged step of the trials that are under way."""
+  newest = []
+  for trial in todo:
+    for path in sorted((workdir / trial.name).glob("**/metrics.jsonl")):
+      if time.time() - path.stat().st_mtime < 30 and path.stat().st_size:
+        line = json.loads(path.read_text().splitlines()[-1])
+        loss, rate = line.get("student/loss"), line.get("steps_per_second")
+        newest.append((path.stat().st_mtime, f"{path.parent.relative_to(workdir)} step {line['step']}"
+                       + (f" loss {loss:.4g}" if loss is not None else "") + (f" {rate:.0f} steps/s" if rate else "")))
+  return "; ".join(text for _, text in sorted(newest)[-2:]) or "starting"
+
+
+# Elsewhere ----------------------------------------------------------------------------------
+
+
+def commands(trials: list[Trial], workdir: pathlib.Path) -> list[str]:
+  """A shell line for each trial, quoted."""
+  return [shlex.join(["python", "-m", "ddil_jax", "train", f"--config={t.spec}", f"--workdir={workdir / t.name}",
+                      *(f"--config.{field}={text}" for field, text in t.overrides.items())]) for t in trials]
+
+
+def slurm_script(trials: list[Trial], workdir: pathlib.Path) -> str:
+  """A job array, a task for each trial; a preempted task is queued again and continues."""
+  return f"""#!/bin/bash
+#SBATCH --job-name=ddil-sweep
+#SBATCH --array=0-{len(trials) - 1}
+#SBATCH --gres=gpu:1
+#SBATCH --requeue
+#SBATCH --output={shlex.quote(str(workdir / "slurm-%a.txt"))}
+set -euo pipefail
+srun python -m launch.sweep --workdir={shlex.quote(str(workdir))} --only="$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def k8s_manifest(trials: list[Trial], workdir: pathlib.Path) -> str:
+  """An indexed Job, a pod for each trial; image, volume and resources are the user's to set."""
+  command = json.dumps(["sh", "-c", f"exec python -m launch.sweep --workdir={shlex.quote(str(workdir))}"
+                                    ' --only="$JOB_COMPLETION_INDEX"'])
+  return f"""apiVersion: batch/v1
+kind: Job
+metadata:
+  name: ddil-sweep
+spec:
+  completions: {len(trials)}
+  parallelism: {len(trials)}
+  completionMode: Indexed
+  backoffLimitPerIndex: 3
+  template:
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: trial
+        image: IMAGE  # one with this project installed; the work directory must be on a shared volume
+        command: {command}
+        resources:
+          limits:
+            nvidia.com/gpu: 1
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line's grammar; --config.FIELD=VALUE sets a field of every trial."""
+  args = argparse.ArgumentParser(prog="launch.sweep", description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  args.add_argument("--config", metavar="FILE.py[:ARG]", help="whose sweep() to run; not needed to continue")
+  args.add_argument("--workdir", required=True, metavar="DIR", help="everything of the sweep lies here")
+  args.add_argument("--workers", type=int, default=1, help="trials at a time on this machine")
+  args.add_argument("--retry", action="store_true", help="run failed trials again")
+  args.add_argument("--only", type=int, metavar="I", help="the I-th trial alone, counted from 0")
+  where = args.add_mutually_exclusive_group()
+  where.add_argument("--print", action="store_true", help="print a command for each trial, run nothing")
+  where.add_argument("--slurm", action="store_true", help="write slurm.sh, a job array, to the work directory")
+  where.add_argument("--k8s", action="store_true", help="write job.yaml, an indexed Job, to the work directory")
+  where.add_argument("--table", action="store_true", help="gather the results there are, run nothing")
+  return args
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code: 0, 1 where a trial failed, 2 for a mistake in usage, 130 when interrupted."""
+  args, rest = parser().parse_known_args(argv)
+  try:
+    with sigterm_as_interrupt():
+      return _run(args, rest)
+  except UsageError as error:
+    print(f"ddil: {error}", file=sys.stderr)
+    return 2
+  except RunError as error:
+    print(f"ddil: run failed: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("ddil: stopped; the same command continues", file=sys.stderr)
+    return 130
+
+
+def _run(args, rest) -> int:
+  from ddil_jax.main import overrides_of
+  workdir = pathlib.Path(args.workdir)
+  if args.workers < 1:
+    raise UsageError(f"--workers={args.workers}: at least 1 is needed")
+  overrides = overrides_of(rest, "train")
+  if args.config:
+    trials = sweeps.trials(args.config, overrides)
+    if args.print:
+      print("\n".join(commands(trials, workdir)))
+      return 0
+    sweeps.save(trials, workdir)
+  elif overrides:
+    raise UsageError("--config.FIELD=VALUE needs --config=FILE.py: a sweep that is there keeps its trials")
+  trials = sweeps.load(workdir)
+  if args.only is not None:
+    if not 0 <= args.only < len(trials):
+      raise UsageError(f"--only={args.only}: this sweep has the trials 0 to {len(trials) - 1}")
+    trials = [trials[args.only]]
+  if args.print:
+    print("\n".join(commands(trials, workdir)))
+    return 0
+  if args.slurm or args.k8s:
+    path = workdir / ("slurm.sh" if args.slurm else "job.yaml")
+    files.write_bytes(path, (slurm_script if args.slurm else k8s_manifest)(trials, workdir).encode())
+    print(f"wrote {path}; " + (f"start it with: sbatch {shlex.quote(str(path))}" if args.slurm else
+                               f"set its image and volume, then: kubectl apply -f {shlex.quote(str(path))}"))
+    return 0
+  failed = {} if args.table else run_all(trials, workdir, args.workers, args.retry)
+  if args.only is None:
+    rows = sweeps.gather(trials, workdir)
+    sweeps.write_table(rows, workdir)
+    print(f"{sum(row['status'] == 'done' for row in rows)} rows of results: {workdir / 'results.csv'}, "
+          f"{workdir / 'results.parquet'}")
+  for name, error in failed.items():
+    print(f"FAILED {name}: {error} (see {workdir / name / 'log.txt'}; --retry runs it again)", file=sys.stderr)
+  return 1 if failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

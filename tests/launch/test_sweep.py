@@ -1,0 +1,129 @@
+"""Sweeps with real runs: killed and continued, failed trials, what schedulers get."""
+
+import json
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ddil_jax import sweep as sweeps
+from ddil_jax.evaluation import report
+from launch import sweep
+from tests.running import ROOT, shared  # noqa: F401
+
+CONFIG = '''
+from configs import common, digits_teacher
+
+def get_config(arg=None):
+  config = digits_teacher.get_config("smoke")
+  config.model.channel_mult, config.eval.num_samples, config.eval.batch_size = (1,), 6, 6
+  config.eval.sampler_steps, config.eval.metrics, config.train.max_bad_steps = (), ("saturation",), 2
+  config.train.update(steps={steps}, log_every=5, checkpoint_every=40)
+  return config
+
+def sweep():
+  return [{{"optimizer.learning_rate": rate, "seed": seed}} for rate in ({rates}) for seed in range(2)]
+'''
+
+
+def write_config(folder, steps, rates) -> str:
+  folder.mkdir(exist_ok=True)
+  path = folder / "mine.py"
+  path.write_text(CONFIG.format(steps=steps, rates=rates))
+  return str(path)
+
+
+def command(*arguments) -> list[str]:
+  return [sys.executable, "-m", "launch.sweep", *map(str, arguments)]
+
+
+def plain_table(workdir) -> list[dict]:
+  """The table but for times and the order of columns."""
+  rows = sweeps.gather(sweeps.load(workdir), workdir)
+  return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_a_killed_sweep_continues_to_the_same_table(tmp_path, capsys):
+  path = write_config(tmp_path, 120, "1e-3,")
+  assert sweep.main(["--config", path, "--workdir", str(tmp_path / "whole"), "--workers=2"]) == 0
+  killed = tmp_path / "killed"
+  process = subprocess.Popen(command("--config", path, "--workdir", killed), cwd=ROOT, stdout=subprocess.DEVNULL,
+                             start_new_session=True)
+  try:
+    until = time.monotonic() + 120
+    first = killed / sweeps.load(tmp_path / "whole")[0].name / "metrics.jsonl"
+    while not (first.exists() and first.stat().st_size) and time.monotonic() < until:
+      time.sleep(0.05)
+  finally:
+    process.kill()
+    process.wait()
+  assert process.returncode == -signal.SIGKILL and not (killed / "results.csv").exists()
+  # Its worker saves and ends by itself, so the folder is free.
+  until = time.monotonic() + 60
+  while sweep.main(["--workdir", str(killed), "--retry"]) and time.monotonic() < until:
+    time.sleep(0.5)
+  assert plain_table(killed) == plain_table(tmp_path / "whole")
+  assert [row["status"] for row in plain_table(killed)] == ["done"] * 2
+  capsys.readouterr()
+  assert sweep.main(["--workdir", str(killed)]) == 0
+  assert "2 of 2 trials are done already" in capsys.readouterr().out
+
+
+def test_a_diverged_trial_is_a_row_and_is_tried_again_on_request(tmp_path, capsys):
+  path = write_config(tmp_path, 6, "1e30, 1e-3")
+  workdir = tmp_path / "sweep"
+  assert sweep.main(["--config", path, "--workdir", str(workdir)]) == 1
+  rows = plain_table(workdir)
+  assert [row["status"] for row in rows] == ["failed", "failed", "done", "done"]
+  assert "not finite" in rows[0]["error"] and rows[0]["config.optimizer.learning_rate"] == 1e30
+  assert "FAILED" in capsys.readouterr().err
+  found = report.compare([workdir], metric="saturation")
+  assert [(r["setting"], r["seeds"], r["failed"]) for r in found] == [
+      ("learning_rate=0.001", 2, {}), ("learning_rate=1e+30", 0, {"diverged": 2})]
+  assert found[1]["reasons"] == [rows[0]["error"].partition(";")[0]]
+  before = (workdir / rows[0]["run"] / "log.txt").stat().st_mtime_ns
+  assert sweep.main(["--workdir", str(workdir)]) == 1
+  assert "2 failed before" in capsys.readouterr().out
+  assert (workdir / rows[0]["run"] / "log.txt").stat().st_mtime_ns == before
+
+
+def test_schedulers_get_quoted_commands(tmp_path, capsys):
+  path, workdir = write_config(tmp_path / "a b", 6, "1e-3, 2e-3"), tmp_path / "my sweep"
+  assert sweep.main(["--config", path, "--workdir", str(workdir), "--print", "--config.train.batch_size=4"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 4 and not workdir.exists()
+  words = shlex.split(lines[3])
+  assert f"--config={path}:" in words and "--config.seed=1" in words and "--config.train.batch_size=4" in words
+  assert sweep.main(["--config", path, "--workdir", str(workdir), "--slurm"]) == 0
+  script = (workdir / "slurm.sh").read_text()
+  assert "#SBATCH --array=0-3\n" in script
+  subprocess.run(["bash", "-n", workdir / "slurm.sh"], check=True)
+  assert sweep.main(["--workdir", str(workdir), "--k8s"]) == 0
+  manifest = (workdir / "job.yaml").read_text()
+  assert "completions: 4\n" in manifest
+  line = next(line for line in manifest.splitlines() if "command:" in line)
+  shell = json.loads(line.partition("command:")[2])
+  done = subprocess.run([*shell[:2], shell[2].replace("exec python -m launch.sweep", "printf '%s\\n'")],
+                        env={"JOB_COMPLETION_INDEX": "3", "PATH": os.defpath}, capture_output=True, text=True, check=True)
+  assert done.stdout.splitlines() == [f"--workdir={workdir}", "--only=3"]
+  assert sweep.main(["--workdir", str(workdir), "--only=3"]) == 0
+  assert [row["status"] for row in plain_table(workdir)] == ["open", "open", "open", "done"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--config=configs/absent.py"], "absent.py"),
+    ([], "holds no sweep"),
+    (["--config=configs/digits_pd.py", "--config.train.stpes=3"], "steps"),
+    (["--config=configs/digits_pd.py", "--workers=0"], "at least 1"),
+    (["--config.seed=3"], "needs --config"),
+])
+def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
+  assert sweep.main([f"--workdir={tmp_path / 'sweep'}", *arguments]) == 2
+  line = capsys.readouterr().err
+  assert message in line and line.startswith("ddil: ") and line.count("\n") == 1
+  assert not pathlib.Path(tmp_path / "sweep").exists()
