@@ -1,0 +1,23 @@
+"""2. Each source alone, each pair and all three, at a fixed budget of network evaluations.
+
+Rollouts are fresh at every step (no replay), so that they pay for themselves: a mixture that costs more a step
+gets fewer steps. The budget is that of the base config on forward states.
+"""
+
+from configs.study.parts import DMD2, METHODS, SEEDS, merge, mixture, step_cost
+from ddil_jax.sweep import cross, product
+
+MIXTURES = (mixture(forward=1.0), mixture(student=1.0), mixture(teacher=1.0), mixture(forward=0.5, student=0.5),
+            mixture(forward=0.5, teacher=0.5), mixture(student=0.5, teacher=0.5),
+            mixture(forward=0.5, student=0.25, teacher=0.25))
+
+
+def sweep() -> list[dict]:
+  """Four methods x seven mixtures."""
+  entries = []
+  for method in METHODS:
+    budget = (1000 if method["config"] == DMD2 else 300) * step_cost(method, mixture(forward=1.0))
+    for priors in MIXTURES:
+      steps = round(budget / step_cost(method, priors))
+      entries.append(merge(method, priors, {"states.replay": False, "train.steps": steps}))
+  return cross(entries, product({"seed": SEEDS}))

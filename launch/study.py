@@ -1,0 +1,130 @@
+"""The study: parts of configs/study/, each a sweep over digits students of one teacher.
+
+    python -m launch.study methods --workdir=runs/study --workers=2
+    python -m launch.study --list
+
+A part can be stopped and continued. Its rows go to results.csv and results.parquet in its folder.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+
+from ddil_jax import config as config_lib
+from ddil_jax import files, runs
+from ddil_jax import sweep as sweeps
+from ddil_jax.errors import RunError, UsageError
+from ddil_jax.sweep import Trial
+from launch.sweep import run_all, sigterm_as_interrupt
+
+INTERVENTION = "intervention"
+PARTS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
+# The scales at which the teacher itself is measured: those of its students.
+TEACHER = {"eval.guidance_scales": "(1.0, 2.0, 3.0, 5.0)"}
+
+
+def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False) -> dict[str, str]:
+  """Trains the teacher where it is not there yet, then the trials of a part; returns {name: error}."""
+  teacher = Trial("teacher", "configs/digits_teacher.py", TEACHER)
+  failed = run_all([teacher], workdir, 1, retry=True, small=True)
+  if failed:
+    raise RunError(f"the teacher failed: {failed['teacher']}")
+  trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / "teacher")})
+  folder = workdir / part
+  sweeps.save(trials, folder)
+  failed = run_all(trials, folder, workers, retry, small=True)
+  rows = sweeps.gather(trials, folder)
+  sweeps.write_table(rows, folder)
+  return failed
+
+
+def intervene(workdir: pathlib.Path) -> list[dict]:
+  """7. The teacher takes none, the first, the last, or more of four steps, in the students of `methods` and `guided`.
+
+  Returns:
+    Rows as in results.json. Written to intervention/results.json.
+
+  Raises:
+    UsageError: no four-step students are there.
+  """
+  students = [path.parent for part in ("methods", "guided") for path in sorted((workdir / part).glob("**/config.json"))
+              if (path.parent / "checkpoints").exists()]
+  rows = []
+  for student in students:
+    kept = workdir / INTERVENTION / f"{'-'.join(student.relative_to(workdir).parts)}.json"
+    if kept.exists():
+      rows += files.read_json(kept)
+      continue
+    saved, own = runs.saved_config(student), []
+    for acts in ((), (0,), (3,), (0, 1), (2, 3), (0, 1, 2), (0, 1, 2, 3)):
+      config = saved.copy_and_resolve_references().unlock()
+      config.eval.update(sampler_steps=(), teacher_acts=acts, shift_samples=0)
+      if len(runs.build_lib.build(config).objective.sampler_grid) != 5:
+        break
+      own += runs.measured(config, student)
+    files.write_json(kept, own)
+    rows += own
+    print(f"{student.relative_to(workdir)}: {len(own)} rows", flush=True)
+  if not rows:
+    raise UsageError(f"{workdir} has no four-step students: run the parts methods or guided first")
+  files.write_json(workdir / INTERVENTION / "results.json", rows)
+  return rows
+
+
+def parser() -> argparse.ArgumentParser:
+  """The command line's grammar."""
+  args = argparse.ArgumentParser(prog="launch.study", description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  args.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}")
+  args.add_argument("--all", action="store_true", help="all parts")
+  args.add_argument("--workdir", default="runs/study", help="everything of the study lies here")
+  args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
+  args.add_argument("--retry", action="store_true", help="run failed trials again")
+  args.add_argument("--list", action="store_true", help="say what each part asks, and its number of runs")
+  return args
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code: 0, 1 where a trial failed, 2 for a mistake in usage, 130 when interrupted."""
+  args = parser().parse_args(argv)
+  try:
+    with sigterm_as_interrupt():
+      return _main(args)
+  except UsageError as error:
+    print(f"ddil: {error}", file=sys.stderr)
+    return 2
+  except RunError as error:
+    print(f"ddil: run failed: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("ddil: stopped; the same command continues", file=sys.stderr)
+    return 130
+
+
+def _main(args) -> int:
+  unknown = [part for part in args.parts if part not in (*PARTS, INTERVENTION)]
+  if unknown:
+    raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION}")
+  parts = (*PARTS, INTERVENTION) if args.all else args.parts
+  if args.list or not parts:
+    for part in PARTS:
+      about = config_lib.module(f"configs/study/{part}.py").__doc__.splitlines()[0]
+      print(f"{part} ({len(sweeps.trials(f'configs/study/{part}.py'))} runs): {about}")
+    print(f"{INTERVENTION} (no runs): {intervene.__doc__.splitlines()[0]}")
+    return 0
+  code = 0
+  for part in parts:
+    if part == INTERVENTION:
+      intervene(pathlib.Path(args.workdir))
+      continue
+    failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry)
+    for name, error in failed.items():
+      print(f"FAILED {name}: {error}", file=sys.stderr)
+    code |= bool(failed)
+    print(f"{part}: {pathlib.Path(args.workdir) / part / 'results.csv'}", flush=True)
+  return code
+
+
+if __name__ == "__main__":
+  sys.exit(main())
