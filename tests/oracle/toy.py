@@ -16,7 +16,11 @@ def _tanh(x):
 
 
 def net(params, x, t, cond, keys=None, features=()):
-  """A NetFn; `cond["embedding"]` [B,K], or [B,L,K] of which the mean over L is taken."""
+  """A NetFn; `cond["embedding"]` [B,K], or [B,L,K] of which the mean over L is taken.
+
+  The slot g is `cond["slot"]` [B,K], such as a second time, or the embedding of the guidance scale. Without
+  one of them, or in a network without such a slot, it is 0.
+  """
   del keys
   phi = jax.lax.stop_gradient(params["phi"])
   per_sample = (phi[0] * t + phi[1]).reshape(-1, 1) * params["c1"].reshape(1, -1)
@@ -24,9 +28,11 @@ def net(params, x, t, cond, keys=None, features=()):
     embedding = cond["embedding"]
     embedding = embedding.mean(axis=1) if embedding.ndim == 3 else embedding
     per_sample = per_sample + embedding @ params["E"]
-  if "Wg" in params:
-    w = cond["guidance_scale"] - 1
-    per_sample = per_sample + guidance_embedding(w, params["Wg"].shape[0]) @ params["Wg"]
+  slot = cond.get("slot")
+  if "Wg" in params and slot is None and "guidance_scale" in cond:
+    slot = guidance_embedding(cond["guidance_scale"] - 1, params["Wg"].shape[0])
+  if "Wg" in params and slot is not None:
+    per_sample = per_sample + slot @ params["Wg"]
   add = lambda a, b: a + b.reshape((1,) * (a.ndim - 1) + (-1,))  # noqa: E731
   hidden = add(jnp.einsum("bhwc,cd->bhwd", x, params["W1"]), params["b1"])
   hidden = _tanh(hidden + per_sample.reshape(per_sample.shape[0], 1, 1, -1))

@@ -13,7 +13,7 @@ from ddil_jax.diffusion.prediction import make_denoiser
 from ddil_jax.diffusion.process import expand
 from ddil_jax.objectives.denoising import denoising_loss
 from tests.oracle import toy
-from tests.oracle.cases_samplers import HEADS
+from tests.oracle.cases.samplers import HEADS
 from tests.oracle.walk import walk
 
 
@@ -185,3 +185,7 @@ def ve_parts(case):
   grid = ladder[hyper["multistep_ts"]]
   policy = solvers.renoise(sigma_offset=low)(process, bound["boundary"])
   case.check("multistep", walk(policy, start, grid, {}, case["multi_noise"])[-1])
+
+
+RUNNERS = {r"schedules": schedules, r"timestep_tables": timestep_tables, r"conversions_vp": conversions_vp,
+           r"reflected": reflected, r"edm_precond_loss_sampler": edm_precond_loss_sampler, r"ve_parts_cm": ve_parts}

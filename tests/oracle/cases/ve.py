@@ -68,3 +68,6 @@ def pd_ve(case):
   teacher = bind(denoiser, case.net("teacher"))
   compare(case, lambda params: pd_loss(process, bind(denoiser, params), teacher, x_t, t, mid, s, {}, weight,
                                        metric))
+
+
+RUNNERS = {r"pd_ve_.*": pd_ve, r"(cd|ct)_ve_.*": consistency}

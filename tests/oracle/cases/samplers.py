@@ -153,3 +153,6 @@ def pd_sample(case):
       variance, _, fraction = name.removeprefix("noisy_fixed_").removesuffix("_traj").partition("_")
       policy = solvers.ancestral(variance, float(fraction or 0))(process, denoise)
       case.check(name, walk(policy, start, grid, {}, noise), 1e-7)
+
+
+RUNNERS = {r"ddim_\d+_.*": ddim, r"lcm_sampler_\d+_.*": lcm_sampler, r"euler_\d+_.*": euler, r"pd_sample_.*": pd_sample}

@@ -210,3 +210,7 @@ def sdxl_step(case):
   if any(name.startswith("data/") for name in case.outs):
     t = jnp.asarray(np.asarray(times)[np.asarray(case["data_step_index"])], case.dtype)
     turn("data", input_at(case["images"], t), t)
+
+
+RUNNERS = {r"dmd2_normalisation": normalisation, r"dmd2_sd_parts_.*": sd_parts, r"dmd2_edm_.*": edm,
+           r"dmd2_sdxl_step_.*": sdxl_step}

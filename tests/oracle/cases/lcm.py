@@ -15,7 +15,7 @@ from ddil_jax.objectives.base import bind
 from ddil_jax.objectives.cd import consistency_loss
 from ddil_jax.objectives.lcm import consistency_function
 from tests.oracle import toy
-from tests.oracle.cases_samplers import PREDICTIONS
+from tests.oracle.cases.samplers import PREDICTIONS
 
 
 def parts(case):
@@ -94,3 +94,6 @@ def lcm(case):
   case.check_grads("grad", jax.grad(lambda p: jnp.mean(loss(p)[0]))(params))
   # The training step's moving average, which moves towards the student by 1 - decay.
   case.check_grads("ema", optax.incremental_update(params, case.net("target"), 1 - hyper["ema_rate"]))
+
+
+RUNNERS = {r"lcm_parts_.*": parts, r"lcm_\d+_.*": lcm}

@@ -11,7 +11,7 @@ from ddil_jax.objectives.base import bind
 from ddil_jax.objectives.denoising import denoising_loss
 from ddil_jax.objectives.pd import pd_loss, x_target
 from tests.oracle import toy
-from tests.oracle.cases_samplers import HEADS
+from tests.oracle.cases.samplers import HEADS
 
 TIGHT = 1e-7
 
@@ -80,3 +80,6 @@ def vp_denoise(case):
     check_predictions(case, process, ("x_target", "eps_target", "v_target"), x0, prediction.x0(), z, t)
     check_student(case, process, head, z, t)
   check_losses(case, lambda params, weight: denoising_loss(process, denoiser, params, z, t, x0, {}, weight))
+
+
+RUNNERS = {r"pd_vp_.*": pd_vp, r"vp_denoise_.*": vp_denoise}

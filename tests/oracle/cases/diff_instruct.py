@@ -1,0 +1,3 @@
+"""Diff-Instruct."""
+
+NOT_COVERED = {r"diff_instruct_.*": "Diff-Instruct is not an objective of this version"}

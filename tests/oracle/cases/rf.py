@@ -1,0 +1,3 @@
+"""Rectified flow."""
+
+NOT_COVERED = {r"rf_.*": "rectified flow is not an objective of this version"}

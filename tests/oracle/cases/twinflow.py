@@ -1,0 +1,3 @@
+"""TwinFlow."""
+
+NOT_COVERED = {r"twinflow_.*": "TwinFlow is not an objective of this version"}

@@ -1,0 +1,3 @@
+"""SwiftBrush."""
+
+NOT_COVERED = {r"swiftbrush_.*": "VSD is not an objective of this version"}
