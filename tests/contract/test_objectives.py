@@ -16,7 +16,7 @@ from tests import building, toys
 
 # Small settings of each method; a new method in the folder is tested with its defaults.
 OPTIONS = {"lcm": dict(num_scales=16, guidance_range=(1.0, 4.0)), "cd": dict(num_scales=9, target_decay=0.9),
-           "dmd2": dict(gan_weight=0.1, period=2, critic_weight="snr_trunc", weight_cap=100.0)}
+           "dmd2": dict(gan_weight=0.1, period=1, critic_weight="snr_trunc", weight_cap=100.0)}
 NAMES = registry.names("objectives")
 
 
