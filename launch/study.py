@@ -9,16 +9,18 @@ A part can be stopped and continued. Its rows go to results.csv and results.parq
 import argparse
 import os
 import pathlib
+import re
 import sys
 
 from ddil_jax import config as config_lib
 from ddil_jax import files, runs
 from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
+from ddil_jax.evaluation import report_figures, shift_quality
 from ddil_jax.sweep import Trial
 from launch.sweep import run_all, sigterm_as_interrupt
 
-INTERVENTION = "intervention"
+INTERVENTION, CORRELATION = "intervention", "correlation"
 PARTS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
 # The scales at which the teacher itself is measured: those of its students.
 TEACHER = {"eval.guidance_scales": "(1.0, 2.0, 3.0, 5.0)"}
@@ -72,6 +74,31 @@ def intervene(workdir: pathlib.Path) -> list[dict]:
   return rows
 
 
+def correlate(workdir: pathlib.Path) -> str:
+  """8. Does the measured shift predict the quality? Correlations over the settings of all parts that were run.
+
+  Returns:
+    The table, also in correlation/table.md, beside the figure.
+
+  Raises:
+    UsageError: fewer than six settings of one method, guidance scale and number of steps.
+  """
+  rows = []
+  for part in PARTS:
+    for path in sorted((workdir / part).glob("*/results.json")):
+      setting = f"{part}/" + re.sub(r"-?seed=\d+$", "", path.parent.name)
+      rows += [(setting, row) for row in files.read_json(path)]
+  points = shift_quality.points(rows)
+  found = shift_quality.correlate(points)
+  if not found:
+    raise UsageError(f"{workdir} has results of {len(points)} settings; a correlation needs {shift_quality.LEAST} of"
+                     " one method, guidance scale and number of steps: run more parts first")
+  table = shift_quality.markdown(found)
+  files.write_bytes(workdir / CORRELATION / "table.md", table.encode())
+  report_figures.save([shift_quality.draw(points)], workdir / CORRELATION)
+  return table
+
+
 def parser() -> argparse.ArgumentParser:
   """The command line's grammar."""
   args = argparse.ArgumentParser(prog="launch.study", description=__doc__, allow_abbrev=False,
@@ -103,20 +130,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args) -> int:
-  unknown = [part for part in args.parts if part not in (*PARTS, INTERVENTION)]
+  unknown = [part for part in args.parts if part not in (*PARTS, INTERVENTION, CORRELATION)]
   if unknown:
-    raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION}")
-  parts = (*PARTS, INTERVENTION) if args.all else args.parts
+    raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION},"
+                     f" {CORRELATION}")
+  parts = (*PARTS, INTERVENTION, CORRELATION) if args.all else args.parts
   if args.list or not parts:
     for part in PARTS:
       about = config_lib.module(f"configs/study/{part}.py").__doc__.splitlines()[0]
       print(f"{part} ({len(sweeps.trials(f'configs/study/{part}.py'))} runs): {about}")
-    print(f"{INTERVENTION} (no runs): {intervene.__doc__.splitlines()[0]}")
+    for name, what in ((INTERVENTION, intervene), (CORRELATION, correlate)):
+      print(f"{name} (no runs): {what.__doc__.splitlines()[0]}")
     return 0
   code = 0
   for part in parts:
     if part == INTERVENTION:
       intervene(pathlib.Path(args.workdir))
+      continue
+    if part == CORRELATION:
+      print(correlate(pathlib.Path(args.workdir)))
       continue
     failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry)
     for name, error in failed.items():
