@@ -12,6 +12,8 @@ import safetensors
 
 from ddil_jax.errors import UsageError
 
+# Names made from Flax paths -> those of diffusers and transformers, whose lists are numbered by a part of their own.
+NUMBERED = ((r"\b(\w+blocks|attentions|resnets|downsamplers|upsamplers|to_out|net|layers)_(\d+)\b", r"\1.\2"),)
 # The last part of a Flax path in PyTorch's terms.
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
 
@@ -109,14 +111,12 @@ def to_flax(template, tensors: dict[str, np.ndarray], what: str, rename=(), unus
       problems.append(f"{name} is missing")
       continue
     x, shape = tensors[name], shapes[path]
-    if path[-1] == "kernel":
-      x = x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
-    if [n for n in x.shape if n != 1] != [n for n in shape if n != 1]:
-      problems.append(f"{name} has shape {tensors[name].shape}, which does not fit {shape}")
+    if not fits(x.shape, path, shape):
+      problems.append(f"{name} has shape {x.shape}, which does not fit {shape}")
     elif not np.isfinite(x).all():
       problems.append(f"{name} has values that are not finite")
     else:
-      found[path] = np.ascontiguousarray(x.reshape(shape), np.float32)
+      found[path] = from_torch(x, path, shape)
   known = set(wanted.values())
   problems += [f"{name} is unknown" for name in tensors
                if name not in known and not (unused and re.fullmatch(unused, name))]
@@ -124,6 +124,34 @@ def to_flax(template, tensors: dict[str, np.ndarray], what: str, rename=(), unus
     more = f"; {len(problems) - 6} more such" if len(problems) > 6 else ""
     raise UsageError(f"{what} does not fit: {'; '.join(problems[:6])}{more}")
   return flax.traverse_util.unflatten_dict(found)
+
+
+def fits(published: tuple[int, ...], path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+  """Whether a tensor of the published shape is a Flax variable of this path and shape; axes of length 1 do not count."""
+  turned = tuple(published[i] for i in _axes(path, len(published)))
+  return [n for n in turned if n != 1] == [n for n in shape if n != 1]
+
+
+def from_torch(x: np.ndarray, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+  """A Flax variable, float32, from a published tensor that `fits`."""
+  return np.ascontiguousarray(x.transpose(_axes(path, x.ndim)).reshape(shape), np.float32)
+
+
+def to_torch(x: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
+  """The published tensor of a Flax variable: the inverse of `from_torch`."""
+  return x.transpose(np.argsort(_axes(path, x.ndim)))
+
+
+def torch_shape(shape: tuple[int, ...], path: tuple[str, ...]) -> tuple[int, ...]:
+  """The shape of `to_torch`'s result."""
+  return tuple(shape[i] for i in np.argsort(_axes(path, len(shape))))
+
+
+def _axes(path, ndim):
+  """weight [O,I,H,W] or [O,I] -> kernel [H,W,I,O] or [I,O]; all else has one layout."""
+  if path[-1] != "kernel":
+    return tuple(range(ndim))
+  return (2, 3, 1, 0) if ndim == 4 else tuple(range(ndim))[::-1]
 
 
 def template(module, *arguments) -> dict:

@@ -1,6 +1,7 @@
 """CLIP: image and text towers in one space."""
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -78,7 +79,7 @@ class CLIP(nn.Module):
 
   def text_features(self, tokens: Array) -> Array:
     """tokens int [K,T], T <= `length`, with begin and end, padded at the right -> [K,D]."""
-    return self.text_projection(self.text_model(tokens))
+    return self.text_projection(self.text_model(tokens).pooled)
 
   def pixels(self, images: Array) -> Array:
     """The shorter side to `size` by Pillow's bicubic, the centre square, (x - mean) / std -> [B,size,size,3]."""
@@ -106,7 +107,7 @@ class Vision(nn.Module):
   def __call__(self, pixels: Array) -> Array:
     x = Patches(self.tower.width, self.patch, name="embeddings")(pixels)
     x = nn.LayerNorm(self.tower.eps, name="pre_layrnorm")(x)  # spelt so in the published weights
-    x = Encoder(self.tower, name="encoder")(x, None)
+    x, _ = Encoder(self.tower, name="encoder")(x, None)
     return nn.LayerNorm(self.tower.eps, name="post_layernorm")(x[:, 0])
 
 
@@ -125,20 +126,60 @@ class Patches(nn.Module):
     return x + nn.Embed(x.shape[1], self.width, name="position_embedding")(jnp.arange(x.shape[1]))[None]
 
 
+class TextStates(NamedTuple):
+  """What text encoders give: states of all tokens, of which Stable Diffusion 1 and 2 read the last, SDXL the other.
+
+  Attributes:
+    last: [K,T,width], after the last layer, normalised.
+    penultimate: [K,T,width], before the last layer, not normalised.
+    pooled: [K,width], or [K,dim] where there is a projection: the end token after the last layer.
+  """
+  last: Array
+  penultimate: Array
+  pooled: Array
+
+
 class Text(nn.Module):
-  """tokens int [K,T] -> the end token after the last layer [K,width]; no token sees those after it."""
+  """tokens int [K,T] -> TextStates; no token sees those after it."""
   tower: Tower
   vocabulary: int
   length: int
   end: int | None
 
   @nn.compact
-  def __call__(self, tokens: Array) -> Array:
+  def __call__(self, tokens: Array) -> TextStates:
     x = Tokens(self.tower.width, self.vocabulary, self.length, name="embeddings")(tokens)
-    x = Encoder(self.tower, name="encoder")(x, nn.make_causal_mask(tokens))
+    x, penultimate = Encoder(self.tower, name="encoder")(x, nn.make_causal_mask(tokens))
     x = nn.LayerNorm(self.tower.eps, name="final_layer_norm")(x)
     at = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=-1)
-    return jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0]
+    return TextStates(x, penultimate, jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])
+
+
+class TextEncoder(nn.Module):
+  """The text tower alone, as the folders of diffusers have it: tokens int [K,T] -> TextStates.
+
+  Attributes:
+    tower, vocabulary, length, end: as of CLIP.
+    dim: of the projection of the pooled state (SDXL's second encoder); None is none.
+  """
+  tower: Tower
+  vocabulary: int = 49408
+  length: int = 77
+  end: int | None = None
+  dim: int | None = None
+
+  def setup(self):
+    self.text_model = Text(self.tower, self.vocabulary, self.length, self.end)
+    if self.dim is not None:
+      self.text_projection = nn.Dense(self.dim, use_bias=False, **_EXACT)
+
+  def example(self) -> tuple:
+    """Shapes of the arguments of `init`."""
+    return (jax.ShapeDtypeStruct((1, self.length), jnp.int32),)
+
+  def __call__(self, tokens: Array) -> TextStates:
+    states = self.text_model(tokens)
+    return states if self.dim is None else states._replace(pooled=self.text_projection(states.pooled))
 
 
 class Tokens(nn.Module):
@@ -154,14 +195,18 @@ class Tokens(nn.Module):
 
 
 class Encoder(nn.Module):
-  """x [B,N,width] -> [B,N,width]: layers of attention and a multilayer perceptron, normalised before each."""
+  """x [B,N,width] -> the same after all layers, and before the last one.
+
+  A layer is attention and a multilayer perceptron, with a norm before each.
+  """
   tower: Tower
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None) -> Array:
+  def __call__(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+    before = x
     for i in range(self.tower.layers):
-      x = Layer(self.tower, name=f"layers_{i}")(x, mask)
-    return x
+      before, x = x, Layer(self.tower, name=f"layers_{i}")(x, mask)
+    return x, before
 
 
 class Layer(nn.Module):

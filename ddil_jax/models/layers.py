@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddil_jax.types import Array
 
@@ -34,6 +35,28 @@ def sinusoidal_embedding(values: Array, dim: int, scale: float = 1.0) -> Array:
   return jnp.pad(out, ((0, 0), (0, dim - 2 * half)))
 
 
+def timestep_embedding(values: Array, dim: int, cosine_first: bool = False, shift: float = 1.0) -> Array:
+  """Sinusoidal embedding with the two choices in which published networks differ.
+
+  `angle_i = v exp(-i ln(1e4) / (dim // 2 - shift))`, i = 0 .. dim // 2 - 1.
+
+  Args:
+    values: [...], floats.
+    dim: width, even.
+    cosine_first: cosines, then sines.
+    shift: 0 or 1: whether the last frequency is just above 1e-4 or equal to it.
+
+  Returns:
+    [..., dim] in the dtype of the values. Source: DDPM (arXiv 2006.11239), Score SDE (arXiv 2011.13456).
+  """
+  half = dim // 2
+  # On the host in float64: an angle of 1000 has few digits to lose.
+  frequencies = np.exp(-np.log(1e4) / max(half - shift, 1) * np.arange(half))
+  angles = values[..., None] * jnp.asarray(frequencies, values.dtype).reshape((1,) * values.ndim + (half,))
+  parts = (jnp.cos(angles), jnp.sin(angles)) if cosine_first else (jnp.sin(angles), jnp.cos(angles))
+  return jnp.concatenate(parts, axis=-1)
+
+
 def guidance_embedding(w: Array, dim: int) -> Array:
   """Embedding of LCM's guidance weight w = guidance_scale - 1: the sinusoid of 1000 w.
 
@@ -44,6 +67,18 @@ def guidance_embedding(w: Array, dim: int) -> Array:
     [B, dim]. Source: LCM (arXiv 2310.04378), after arXiv 2210.03142.
   """
   return sinusoidal_embedding(w, dim, 1000.0)
+
+
+def attention(query: Array, key: Array, value: Array) -> Array:
+  """`softmax(q k^T / sqrt(D)) v` for each head: query [B,N,heads,D], key and value [B,M,heads,D] -> [B,N,heads,D].
+
+  Softmax in float32, or in float64 if that is the type of the arguments.
+  """
+  if query.dtype != jnp.float64:
+    return jax.nn.dot_product_attention(query, key, value)
+  # That one takes the softmax of float64 in float32.
+  logits = jnp.einsum("bnhd,bmhd->bhnm", query, key) / np.sqrt(query.shape[-1])
+  return jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits), value)
 
 
 def num_groups(channels: int, per_group: int = 4, most: int = 32) -> int:

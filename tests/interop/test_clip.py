@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from ddil_jax.errors import UsageError
-from ddil_jax.interop import clip, extractors, weights
+from ddil_jax.interop import clip, configs, extractors, weights
 from ddil_jax.main import main
 from tests.running import refuse  # noqa: F401 (a fixture)
 
@@ -194,3 +194,29 @@ def test_folders_that_do_not_fit(refuse, folder, tmp_path):  # noqa: F811
   (tmp_path / "m" / "config.json").write_text("[]")
   assert "no JSON object" in run()
   assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_text_encoders(projected):
+  """What Stable Diffusion (last state) and SDXL (penultimate, pooled and projected) read."""
+  torch = libraries()[0]
+  import transformers
+  generator = torch.Generator().manual_seed(0)
+  config = transformers.CLIPTextConfig(**TINY["text_config"], projection_dim=16, hidden_act="gelu")
+  model = (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config).eval()
+  with torch.no_grad():
+    for p in model.parameters():
+      p += torch.randn(p.shape, generator=generator) / p.shape[-1]**0.5
+  fields = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+  module, rest = configs.make(fields)
+  tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+  variables = weights.to_flax(weights.template(module, *module.example()), configs.full_names(tensors), "model",
+                              weights.NUMBERED, r".*\.position_ids")
+  with torch.no_grad():
+    wanted = model(torch.from_numpy(texts()).long(), output_hidden_states=True)
+  ours = jax.jit(module.apply)(variables, texts())
+  pooled = wanted.text_embeds if projected else wanted.pooler_output
+  for a, b in ((ours.last, wanted.last_hidden_state), (ours.penultimate, wanted.hidden_states[-2]), (ours.pooled, pooled)):
+    assert b.std() > 0.2
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+  assert not rest
