@@ -93,7 +93,7 @@ DDIL = dict(forward=0.5, student=0.25, teacher=0.25)
 def smoke(config: ConfigDict) -> ConfigDict:
   """Two steps on fake data with tiny networks: does everything fit together?"""
   config.data.name, config.data.image_size = "fake", 8
-  config.model.update(channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), num_heads=1)
+  config.model.update(channels=8, channel_mult=(1,), num_res_blocks=1, attention_resolutions=(), num_heads=1)
   config.train.update(steps=2, batch_size=8, log_every=1, checkpoint_every=1, eval_every=0)
   config.train.stages = config.train.stages[-2:]
   config.states.update(capacity=64, refresh_every=1, teacher_steps=4)
