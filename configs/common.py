@@ -31,17 +31,19 @@ def common() -> ConfigDict:
   config.model = ConfigDict(dict(
       channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7, 8), num_heads=4, dropout=0.0,
       guidance_embedding=0,  # dimension of the embedding of the guidance scale; 0 is none
+      end_time_embedding=0,  # of the time at which a jump ends, for methods that tell it; 0 is none
       dtype="float32"))  # compute dtype; parameters are float32
   config.teacher = ConfigDict(dict(
       path="",  # a run directory, a checkpoint, or a .safetensors file
       ema="0.999",  # which average of a run's student is the teacher; "raw" is none
       channels=0, channel_mult=(), num_res_blocks=0,  # where it differs from `model`; 0, () is the same
+      guidance_embedding=0,  # of a teacher that reads the guidance scale: a student of guided distillation
       guidance_scale=1.0,  # u + g (c - u); 1 is the conditional model itself
       folded_guidance_scale=0.0))  # what a distilled teacher has in it already (set by stages); 0 is none
 
   # Where training states come from (DDIL). A base method is forward = 1.
   config.states = ConfigDict(dict(
-      forward=1.0, student=0.0, teacher=0.0, dagger=0.0,  # priors: a number or a schedule tuple
+      forward=1.0, student=0.0, teacher=0.0, dagger=0.0, pairs=0.0,  # priors: a number or a schedule tuple
       selection="per_step",  # or per_example
       teacher_steps=16,  # of the teacher's rollout
       dagger_probability=0.5,  # with which the teacher acts at a step of the dagger source

@@ -30,9 +30,10 @@ from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import UNet
 from ddil_jax.objectives.base import Objective, Parts, bind, subset
 from ddil_jax.states import priors as priors_lib
-from ddil_jax.states.base import SOURCES, Context, StateDistribution
+from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
 from ddil_jax.states.forward import forward
 from ddil_jax.states.mixture import mixture
+from ddil_jax.states.pairs import pairs
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source, states_per_rollout
 from ddil_jax.training import optim
@@ -92,7 +93,8 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
 _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1), ("train.max_bad_steps", 1),
              ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
              ("model.channels", 1), ("model.num_res_blocks", 1), ("model.num_heads", 1),
-             ("model.guidance_embedding", 0), ("model.dropout", 0), ("teacher.channels", 0),
+             ("model.guidance_embedding", 0), ("model.end_time_embedding", 0), ("model.dropout", 0),
+             ("teacher.guidance_embedding", 0), ("teacher.channels", 0),
              ("teacher.num_res_blocks", 0), ("optimizer.learning_rate", 0), ("optimizer.critic_learning_rate", 0),
              ("optimizer.warmup_steps", 0), ("optimizer.clip", 0), ("states.dagger_probability", 0),
              ("eval.num_samples", 6), ("eval.batch_size", 1), ("eval.shift_samples", 0), ("eval.diagnose_every", 0),
@@ -184,7 +186,7 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
   prediction_ = call("config.prediction", prediction.PREDICTIONS, config.prediction)
   shape, num_classes = dataset.images.shape[1:], dataset.num_classes
   model = dict(config.model)
-  teacher_model = dict(model, guidance_embedding=0)
+  teacher_model = dict(model, guidance_embedding=config.teacher.get("guidance_embedding", 0), end_time_embedding=0)
   for field in ("channels", "channel_mult", "num_res_blocks"):
     if config.teacher[field]:
       teacher_model[field] = config.teacher[field]
@@ -225,7 +227,7 @@ def make_network(model: dict, image_shape, num_classes: int, prediction_) -> mod
   module = UNet(**{**model, "dtype": jnp.dtype(model["dtype"])}, out_channels=image_shape[-1] * prediction_.channels,
                 num_classes=num_classes)
   net = models.as_net_fn(module)
-  cond = {"label": jnp.zeros((1,), jnp.int32), "guidance_scale": jnp.ones((1,))}
+  cond = {"label": jnp.zeros((1,), jnp.int32), "guidance_scale": jnp.ones((1,)), "end_time": jnp.zeros((1,))}
   return models.Network(lambda key: net.init(key, image_shape, cond), net.apply)
 
 
@@ -261,6 +263,10 @@ def make_objective(config: ConfigDict, parts: Parts) -> Objective:
   if len(objective.sampler_grid) - 1 > trained and not objective.needs_x0:
     raise UsageError(f"config.objective.sampler_steps={options['sampler_steps']}: this student is trained at {trained}"
                      " times and cannot take more steps")
+  for entry, field in (("end_time", "end_time_embedding"), ("guidance_scale", "guidance_embedding")):
+    if entry in objective.reads and not config.model[field]:
+      raise UsageError(f"objective '{objective.name}' gives its student the {entry}: it needs config.model.{field} > 0"
+                       " (a dimension such as 32)")
   if getattr(config.objective, "guidance_range", ()) and not config.model.guidance_embedding:
     raise UsageError("config.objective.guidance_range is given, so the student needs"
                      " config.model.guidance_embedding > 0 (a dimension such as 32)")
@@ -270,13 +276,13 @@ def make_objective(config: ConfigDict, parts: Parts) -> Objective:
 def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> StateDistribution:
   """The mixture of state sources; sources whose prior is always 0 do not exist."""
   s = config.states
-  values = {name: s[name] for name in SOURCES}
+  values = {name: s.get(name, 0.0) for name in SOURCES}  # older runs' configs have no pairs
   schedules = {name: priors_lib.schedule(v, config.train.steps) for name, v in values.items()}
   wanted = [name for name in SOURCES if not priors_lib.is_never_drawn(values[name])]
   if not wanted:
     raise UsageError("config.states: the priors sum to 0; give at least one of "
                      f"{', '.join(SOURCES)} a positive value")
-  if objective.needs_x0 and wanted != ["forward"]:
+  if objective.needs_x0 and not set(wanted) <= set(WITH_X0):
     raise UsageError(f"objective '{objective.name}' needs the clean image, which rollout states do not have:"
                      f" set config.states to forward only, not {', '.join(wanted)}")
   process_, draw, condition = parts.process, objective.draw, objective.condition
@@ -300,11 +306,14 @@ def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> State
       return on_policy(forward(process_, draw, condition, objective.prior_first))
     if objective.teacher is None and name != "student":
       raise UsageError(f"objective '{objective.name}' has no teacher, so no '{name}' states")
-    source = rollout_source(name, process_, policies[name], grids_of[name], objective.grid, draw, condition)
+    if name == "pairs":
+      source = pairs(process_, teacher_policy, grids_of["teacher"], draw, condition, objective.prior_first)
+    else:
+      source = rollout_source(name, process_, policies[name], grids_of[name], objective.grid, draw, condition)
     if not s.replay:
       return on_policy(source)
     slots = s.capacity // config.train.batch_size
-    needed = states_per_rollout(grids_of[name], objective.grid)
+    needed = 1 if name == "pairs" else states_per_rollout(grids_of[name], objective.grid)
     if slots < needed:
       raise UsageError(f"config.states.capacity={s.capacity} is less than one rollout of the {name} source: at least"
                        f" {needed} states x batch_size {config.train.batch_size} = {needed * config.train.batch_size}")

@@ -100,7 +100,7 @@ def override(config: ConfigDict, field: str, text: str) -> None:
 
 
 # Fields of two types: a prior is a number or a schedule, a bound a number or one per channel.
-PRIORS = tuple(f"states.{name}" for name in ("forward", "student", "teacher", "dagger"))
+PRIORS = tuple(f"states.{name}" for name in ("forward", "student", "teacher", "dagger", "pairs"))
 BOUNDS = ("reflect.lo", "reflect.hi")
 
 

@@ -6,6 +6,9 @@ A condition `cond` is a dict of arrays with leading axis B; `{}` is unconditiona
 
     "label":          int32 [B]    class index; the index `num_classes` is the null class
     "guidance_scale": float32 [B]  g of `u + g (c - u)`, for networks that read it
+    "end_time":       float32 [B]  where the jump ends, in the unit of the process, for networks that
+                                   read it (CTM, MeanFlow, TwinFlow); t itself is no jump
+    "time_sign":      float32 [B]  +1 or -1, multiplies the network's time inputs (TwinFlow)
 
 Keys `keys` are typed JAX keys of shape [B], one per example, so that a draw does
 not depend on how the batch is laid out over devices.

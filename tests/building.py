@@ -8,6 +8,7 @@ from ddil_jax.diffusion import solvers
 from ddil_jax.objectives.base import bind
 from ddil_jax.states.forward import forward
 from ddil_jax.states.mixture import mixture
+from ddil_jax.states.pairs import pairs
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source
 from ddil_jax.training.parallel import make_runner
@@ -26,6 +27,7 @@ def sources(parts, objective, teacher_steps=16):
     both = lambda ctx: solvers.mixed(student(ctx), teacher(ctx), 0.5, ctx.key)  # noqa: E731
     out["teacher"] = rollout_source("teacher", p, teacher, parts.make_grid(teacher_steps), objective.grid, draw,
                                     condition)
+    out["pairs"] = pairs(p, teacher, parts.make_grid(teacher_steps), draw, condition, objective.prior_first)
     out["dagger"] = rollout_source("dagger", p, both, objective.sampler_grid, objective.grid, draw, condition)
   return out
 

@@ -154,7 +154,8 @@ def make_denoiser(net: NetFn, process: Process, prediction: Prediction,
 
   Args:
     net: (params, x [B,H,W,C], time input [B], cond, keys, features) -> out.
-    time_input: t [B] -> the network's time input; default `process.time_input`.
+    time_input: t [B] -> the network's time input; default `process.time_input`. It maps
+      cond["end_time"] too; cond["time_sign"] multiplies both and does not reach the network.
 
   Returns:
     (params, x_t, t, cond, keys=None, features=()) -> x0, or (x0, features) when names are asked for.
@@ -164,7 +165,11 @@ def make_denoiser(net: NetFn, process: Process, prediction: Prediction,
 
   def denoiser(params, x_t, t, cond, keys=None, features=()):
     alpha, sigma = expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)
-    out = net(params, prediction.scale_input(x_t, alpha, sigma), time_input(t), cond, keys, features)
+    sign = cond.get("time_sign", 1)
+    told = {name: value for name, value in cond.items() if name != "time_sign"}
+    if "end_time" in cond:
+      told["end_time"] = sign * time_input(cond["end_time"])
+    out = net(params, prediction.scale_input(x_t, alpha, sigma), sign * time_input(t), told, keys, features)
     out, named = out if features else (out, None)
     estimate = prediction.to_x0(out.astype(x_t.dtype), x_t, alpha, sigma)
     return (estimate, named) if features else estimate

@@ -66,6 +66,16 @@ def eps_from_x0(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
   return jnp.where(sigma > 0, (x_t - alpha * x0) / jnp.where(sigma > 0, sigma, 1), 0)
 
 
+def velocity_from_x0(process: Process, x_t: Array, x0: Array, t: Array) -> Array:
+  """The velocity eps - x0 of the straight line through (x_t, x0): `(x_t - (alpha + sigma) x0) / sigma`.
+
+  In y = x_t / (alpha + sigma) and tau = sigma / (alpha + sigma) every process is the flow process;
+  this is dy/dtau. 0 where sigma is 0.
+  """
+  alpha, sigma = expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)
+  return jnp.where(sigma > 0, (x_t - (alpha + sigma) * x0) / jnp.where(sigma > 0, sigma, 1), 0)
+
+
 def sigma_ratio(process: Process, s: Array, t: Array) -> Array:
   """`sigma(s) / sigma(t)` [B]; sigma is computed without cancellation, so a quotient is exact enough."""
   return process.sigma(s) / process.sigma(t)

@@ -68,7 +68,7 @@ def posterior(process: Process, x_t: Array, x0: Array, t: Array, s: Array,
   return mean, weights[variance] * large + (1 - weights[variance]) * small
 
 
-def ddim(eta: float = 0.0, project: Projection | None = None) -> Solver:
+def ddim(eta: float = 0.0, project: Projection | None = None, tell_end: bool = False) -> Solver:
   """DDIM; for variance-exploding processes this is Euler's method (arXiv 2010.02502, eq. 12, 16).
 
   Args:
@@ -76,10 +76,11 @@ def ddim(eta: float = 0.0, project: Projection | None = None) -> Solver:
     project: acts on x0 alone and leaves eps as estimated, which is what diffusers' scheduler does
       with `clip_sample`. To project x0 and recompute eps, wrap the denoiser with
       `transforms.reflect`: the project's default.
+    tell_end: give the denoiser cond["end_time"] = s: a jump of a student that was trained for it.
   """
   def solver(process, denoise):
     def step(x, t, s, cond, noise):
-      x0 = denoise(x, t, cond)
+      x0 = denoise(x, t, {**cond, "end_time": s} if tell_end else cond)
       eps = eps_from_x0(process, x, x0, t)
       if project is not None:
         x0 = project(x0)

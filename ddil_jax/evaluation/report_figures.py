@@ -21,7 +21,8 @@ from ddil_jax.evaluation.report_rows import order
 SHIFTS = {"sw2": "sliced Wasserstein-2 distance", "mmd2": "unbiased squared maximum mean discrepancy",
           "feature_sw2": "sliced Wasserstein-2 distance of features",
           "feature_mmd2": "unbiased squared maximum mean discrepancy of features"}
-SOURCES = {"forward": "#3f7fc4", "student": "#e0740b", "teacher": "#2b9a66", "dagger": "#b0429a"}
+SOURCES = {"forward": "#3f7fc4", "student": "#e0740b", "teacher": "#2b9a66", "dagger": "#b0429a",
+           "pairs": "#7a6a2b"}
 _COLOURS = {"base": "#3f7fc4", "+ddil": "#e0740b", "+reflected": "#2b9a66", "+ddil+reflected": "#b0429a"}
 _SPARE = ("#8a7a00", "#7a6bd0", "#00879a", "#a0522d", "#d1495b", "#5c7f2b", "#3f7fc4", "#e0740b", "#2b9a66", "#b0429a")
 _DASHES = ("solid", "dashed", "dotted")  # names that CSS has too

@@ -165,7 +165,7 @@ def _variant(config) -> str:
   numbers = lambda prior: prior if isinstance(prior, list) else [prior]  # noqa: E731
   # Of a schedule, its values: ["linear", a, b, fraction], ["piecewise", a, fraction, b, ...].
   values = lambda p: p[1::2] if p[:1] == ["piecewise"] else p[1:3] if len(p) > 1 else p  # noqa: E731
-  drawn = [s for s in ("forward", "student", "teacher", "dagger") if any(values(numbers(states[s])))]
+  drawn = [s for s in ("forward", "student", "teacher", "dagger", "pairs") if any(values(numbers(states.get(s, 0))))]
   ddil = drawn != [_OWN_SOURCE.get(config["objective"]["name"], "forward")]
   name = "+ddil" * ddil + "+reflected" * (config["reflect"]["kind"] != "identity") or "base"
   acts = config["eval"].get("teacher_acts")

@@ -69,6 +69,7 @@ class UNet(nn.Module):
     dropout: rate in the residual blocks; acts only where keys are given.
     guidance_embedding: width of the embedding of cond["guidance_scale"]; 0 is none. Its projection
       starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
+    end_time_embedding: width of the embedding of cond["end_time"] (missing: t itself); likewise.
     dtype: compute dtype; parameters and output are float32.
   """
   out_channels: int
@@ -80,6 +81,7 @@ class UNet(nn.Module):
   num_classes: int = 0
   dropout: float = 0.0
   guidance_embedding: int = 0
+  end_time_embedding: int = 0
   dtype: Any = jnp.float32
 
   def feature_names(self) -> tuple[str, ...]:
@@ -154,6 +156,10 @@ class UNet(nn.Module):
       w = cond["guidance_scale"].astype(jnp.float32) - 1 if "guidance_scale" in cond else jnp.zeros(t.shape)
       h = h + nn.Dense(width, use_bias=False, kernel_init=_ZEROS, dtype=self.dtype, name="guidance")(
           guidance_embedding(w, self.guidance_embedding))
+    if self.end_time_embedding:
+      end = cond.get("end_time", t).astype(jnp.float32)
+      h = h + nn.Dense(width, use_bias=False, kernel_init=_ZEROS, dtype=self.dtype, name="end_time")(
+          sinusoidal_embedding(end, self.end_time_embedding))
     h = nn.silu(nn.Dense(width, dtype=self.dtype, name="time_0")(h))
     h = nn.Dense(width, dtype=self.dtype, name="time_1")(h)
     if self.num_classes:

@@ -3,7 +3,7 @@
 A method is one file with `make(parts, **options) -> Objective`. Its losses are per example; the
 mean, the optimizers and the devices are the training step's business. The state distribution is
 independent of it: any objective takes its states from any mixture, except that one with
-`needs_x0` (its loss uses the clean image) is defined on forward states only.
+`needs_x0` (its loss uses the clean image) is defined on forward states and teacher pairs only.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +17,7 @@ from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion.process import Process
 from ddil_jax.diffusion.solvers import Solver
 from ddil_jax.diffusion.transforms import Transform
+from ddil_jax.errors import UsageError
 from ddil_jax.states.base import Context, States
 from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
 
@@ -66,10 +67,13 @@ class Player(NamedTuple):
   """A network that trains: `loss(params, view, states, batch, keys [B]) -> (loss [B], {metric: [B]})`.
 
   It is updated at the steps divisible by `period`, in the order of the objective's players.
+  `trainable`, on a parameter's path such as "net/W1" or "adapter/0/kernel", says which of its
+  parameters learn; None is all. The others keep their values, whatever the optimizer.
   """
   name: str
   loss: Callable[[Params, View, States, dict[str, Array], Array], tuple[Array, Metrics]]
   period: int = 1
+  trainable: Callable[[str], bool] | None = None
 
 
 class Objective(NamedTuple):
@@ -87,7 +91,9 @@ class Objective(NamedTuple):
     draw: keys [B] -> (k int32 [B], t [B]) training times.
     condition: (keys [B], cond) -> cond of a training state.
     targets: {name: decay}: EMAs of the student that the losses read from `view.ema`.
-    needs_x0: the loss uses the clean image.
+    needs_x0: the loss uses the clean image, which forward states and teacher pairs have.
+    reads: entries of the condition, beyond the label, that the student's network has to be told:
+      "guidance_scale", "end_time".
     prior_first: forward states at index 0 are pure noise.
     own_source: the states on which the base method trains.
     diagnose: (View, states, Context) -> {name: [B]}: what the method measures of itself now and then,
@@ -105,6 +111,7 @@ class Objective(NamedTuple):
   condition: Callable[[Array, Cond], Cond]
   targets: Mapping[str, float] = {}
   needs_x0: bool = False
+  reads: tuple[str, ...] = ()
   prior_first: bool = False
   own_source: str = "forward"
   diagnose: Callable[[View, States, Context], Metrics] | None = None
@@ -127,6 +134,28 @@ def unchanged(keys: Array, cond: Cond) -> Cond:
   """The condition of a method that adds nothing."""
   del keys
   return cond
+
+
+def draw_guidance(name: str, guidance_range: tuple[float, ...]) -> Callable[[Array, Cond], Cond]:
+  """(keys, cond) -> cond with "guidance_scale" ~ U[g_min, g_max] per example.
+
+  Args:
+    name: of the objective, for the message.
+    guidance_range: (g_min, g_max); () adds nothing.
+
+  Raises:
+    UsageError: not two increasing numbers.
+  """
+  if not guidance_range:
+    return unchanged
+  if len(guidance_range) != 2 or guidance_range[0] > guidance_range[1]:
+    raise UsageError(f"{name}: guidance_range {guidance_range} must be (g_min, g_max) with g_min <= g_max")
+
+  def condition(keys, cond):
+    g = keys_lib.uniform(keys_lib.named(keys, "guidance"), *guidance_range)
+    return {**cond, "guidance_scale": g.astype(jnp.float32)}
+
+  return condition
 
 
 def next_time(grid: np.ndarray, k: Array, like: Array) -> Array:

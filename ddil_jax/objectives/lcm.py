@@ -11,7 +11,6 @@ Source: arXiv 2310.04378, algorithm 1; luosiallen/latent-consistency-model and d
 (golden vectors `lcm_*`). Our guidance convention is u + g (c - u); theirs is w = g - 1.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
 from ddil_jax import keys as keys_lib
@@ -20,8 +19,8 @@ from ddil_jax.diffusion import solvers
 from ddil_jax.diffusion.prediction import lcm_scalings
 from ddil_jax.diffusion.process import expand
 from ddil_jax.errors import UsageError
-from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_index, guided_teacher, next_time, subset,
-                                      unchanged)
+from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_guidance, draw_index, guided_teacher,
+                                      next_time, subset)
 from ddil_jax.objectives.cd import consistency_loss
 from ddil_jax.types import Denoiser
 
@@ -52,8 +51,7 @@ def make(parts: Parts, num_scales: int = 50, sampler_steps: int = 4, distance: s
   process = parts.process
   if num_scales < 1 or sampler_steps < 1 or sampler_steps > num_scales:
     raise UsageError(f"lcm: sampler_steps {sampler_steps} must lie between 1 and num_scales {num_scales}")
-  if guidance_range and not (len(guidance_range) == 2 and guidance_range[0] <= guidance_range[1]):
-    raise UsageError(f"lcm: guidance_range {guidance_range} must be (g_min, g_max) with g_min <= g_max")
+  condition = draw_guidance("lcm", guidance_range)
   grid = parts.make_grid(num_scales)
   sampler_grid = subset(grid, sampler_steps)
   steps_per_unit = 999.0 / process.t_max
@@ -62,10 +60,6 @@ def make(parts: Parts, num_scales: int = 50, sampler_steps: int = 4, distance: s
   student = consistency_function(parts.student, timestep_scaling * steps_per_unit)
   teacher = guided_teacher(parts, None if guidance_range else parts.guidance_scale)
   distance_fn = distances.make(distance, **({"c": huber_c} if distance == "pseudo_huber" else {}))
-
-  def condition(keys, cond):
-    g = keys_lib.uniform(keys_lib.named(keys, "guidance"), *guidance_range)
-    return {**cond, "guidance_scale": g.astype(jnp.float32)}
 
   def loss(params, view, states, batch, keys):
     del batch
@@ -79,5 +73,5 @@ def make(parts: Parts, num_scales: int = 50, sampler_steps: int = 4, distance: s
   return Objective(
       name="lcm", grid=grid, sampler_grid=sampler_grid, solver=solvers.renoise(), student=student,
       teacher=teacher, init=lambda key, params: {"student": parts.init_student(key, params)},
-      players=(Player("student", loss),), draw=draw_index(grid),
-      condition=condition if guidance_range else unchanged, targets={"target": target_decay})
+      players=(Player("student", loss),), draw=draw_index(grid), condition=condition,
+      targets={"target": target_decay})

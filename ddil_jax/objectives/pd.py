@@ -21,8 +21,9 @@ from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
 from ddil_jax.diffusion.process import Process, expand, sigma_ratio
 from ddil_jax.diffusion.solvers import ddim_step
-from ddil_jax.objectives.base import (Objective, Parts, Player, draw_index, guided_teacher, next_time, stop,
-                                      unchanged)
+from ddil_jax.errors import UsageError
+from ddil_jax.objectives.base import (Objective, Parts, Player, draw_guidance, draw_index, guided_teacher, next_time,
+                                      stop)
 from ddil_jax.types import Array, Cond, DenoiseFn
 
 
@@ -51,13 +52,19 @@ def pd_loss(process: Process, student: DenoiseFn, teacher: DenoiseFn, x_t: Array
   return weight(process, t) * distance(student(stop(x_t), t, cond), stop(target))
 
 
-def make(parts: Parts, num_steps: int = 4, weight: str = "snr_trunc", snr_cap: float = float("inf")) -> Objective:
+def make(parts: Parts, num_steps: int = 4, weight: str = "snr_trunc", snr_cap: float = float("inf"),
+         guidance_range: tuple[float, ...] = ()) -> Objective:
   """Progressive distillation to `num_steps` student steps.
 
   Args:
     weight: a name of `diffusion.weighting`.
     snr_cap: largest weight; max(SNR, 1) grows without bound on fine grids.
+    guidance_range: (g_min, g_max) drawn per sample and given to teacher and student, for a teacher that
+      reads the scale: stage two of guided distillation (arXiv 2210.03142). () is none.
   """
+  if guidance_range and parts.guidance_scale != 1:
+    raise UsageError(f"pd: with guidance_range the teacher reads the scale itself; guidance_scale is"
+                     f" {parts.guidance_scale:g} and must be 1")
   process = parts.process
   fine = parts.make_grid(2 * num_steps)
   grid, middle = fine[::2], np.append(fine[1::2], fine[-1])
@@ -75,4 +82,5 @@ def make(parts: Parts, num_steps: int = 4, weight: str = "snr_trunc", snr_cap: f
   return Objective(
       name="pd", grid=grid, sampler_grid=grid, solver=solvers.ddim(), student=parts.student, teacher=teacher,
       init=lambda key, params: {"student": parts.init_student(key, params)},
-      players=(Player("student", loss),), draw=draw_index(grid), condition=unchanged)
+      players=(Player("student", loss),), draw=draw_index(grid),
+      condition=draw_guidance("pd", guidance_range))

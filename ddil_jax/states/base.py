@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 
 from ddil_jax.types import Array, Cond, Params
 
-SOURCES = ("forward", "student", "teacher", "dagger")
+SOURCES = ("forward", "student", "teacher", "dagger", "pairs")
+WITH_X0 = ("forward", "pairs")
 
 
 class States(NamedTuple):
   """Training states: x_t [B,H,W,C] at time t [B], index k int32 [B] of the objective's grid.
 
-  `source` int32 [B] indexes SOURCES. `x0` [B,H,W,C] is the clean image of forward states; on
-  rollout states it is the batch's image, of which x_t knows nothing: no loss may use it there. A
-  `path` has none (None).
+  `source` int32 [B] indexes SOURCES. `x0` [B,H,W,C] is the clean image of forward states, and of
+  teacher pairs the image to which the teacher's flow carries their noise (WITH_X0); on rollout
+  states it is the batch's image, of which x_t knows nothing: no loss may use it there. Their `path`
+  has none (None).
   """
   x_t: Array
   t: Array

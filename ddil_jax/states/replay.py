@@ -18,7 +18,7 @@ from ddil_jax.types import Array
 
 
 class Replay(NamedTuple):
-  """Buffer state: states with leading axes [B, slots] (without x0, which they do not have), the
+  """Buffer state: states with leading axes [B, slots] (x0 only of teacher pairs), the
   number ever pushed to each lane, and the step of the last refresh."""
   states: States
   pushed: Array
@@ -71,7 +71,8 @@ def replay(source: Source, slots: int, refresh_every: int) -> StateDistribution:
       return push(buffer, jax.lax.stop_gradient(source.path(ctx)))._replace(refreshed=ctx.step)
 
     buffer = jax.lax.cond(due, refresh, lambda b: b, buffer)
-    return draw(buffer, ctx.keys)._replace(x0=ctx.batch["image"]), buffer
+    drawn = draw(buffer, ctx.keys)
+    return (drawn._replace(x0=ctx.batch["image"]) if drawn.x0 is None else drawn), buffer
 
   return StateDistribution((source.name,), init, sample)
 

@@ -148,17 +148,30 @@ def _update(player: Player, optimizer, ema_decays, view: View, states: States, b
 
   (value, (loss, extra)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
   # Averaged before clipping inside the optimizer: the clip sees the gradient of the whole batch.
-  grads, value = average(grads), average(value)
+  grads, value = _of_trainable(player, average(grads)), average(value)
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(value)
   updates, new_opt = optimizer.update(grads, opt, params)
-  new_params = optax.apply_updates(params, updates)
+  # Weight decay would move what has no gradient.
+  new_params = optax.apply_updates(params, _of_trainable(player, updates))
   decays = {name: ema_decays[name](view.step // player.period) if callable(ema_decays[name]) else ema_decays[name]
             for name in ema}
   new_ema = {name: optax.incremental_update(new_params, old, 1 - decays[name]) for name, old in ema.items()}
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
   own = (keep(new_params, params), keep(new_opt, opt), keep(new_ema, ema))
   return own, finite, _metrics(player.name, sources, loss, extra, states.source, norm, finite, add_up)
+
+
+def _of_trainable(player: Player, tree):
+  """A tree like the player's parameters with zeros where they do not learn."""
+  if player.trainable is None:
+    return tree
+
+  def keep(path, leaf):
+    learns = player.trainable(jax.tree_util.keystr(path, simple=True, separator="/"))
+    return leaf if learns else jnp.zeros_like(leaf)
+
+  return jax.tree_util.tree_map_with_path(keep, tree)
 
 
 def _metrics(name, sources, loss, extra, source, norm, finite, add_up) -> dict[str, Mean]:

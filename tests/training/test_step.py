@@ -107,3 +107,18 @@ def test_each_player_counts_its_skipped_updates():
   assert [m["skipped"] for m in seen] == [(0, 1), (1, 1), (0, 1)]
   assert seen[1]["critic/loss"] == seen[1]["critic/grad_norm"] == seen[1]["critic/grad_norm@student"] == (0, 0)
   assert int(state.bad_steps) == 0
+
+
+def test_parameters_that_do_not_learn_keep_their_values():
+  """Player.trainable: no gradient and no weight decay reaches the others."""
+  parts = toys.toy_parts()
+  objective = pd.make(parts)
+  only = lambda path: path == "W1"  # noqa: E731
+  masked = objective._replace(players=(objective.players[0]._replace(trainable=only),))
+  source = building.on_policy(building.sources(parts, objective)["forward"])
+  teacher, optimizer = toys.toy_init(jax.random.key(7)), optax.adamw(1e-2, weight_decay=0.1)
+  before, _ = building.run(masked, source, teacher, optimizer=optimizer, steps=0)
+  after, _ = building.run(masked, source, teacher, optimizer=optimizer, steps=2)
+  moved = {name: bool((after.params["student"][name] != before.params["student"][name]).any())
+           for name in before.params["student"]}
+  assert moved == {name: name == "W1" for name in moved}
