@@ -1,11 +1,14 @@
 """Files: written whole or not at all; arrays are read only if their hash is right. No pickles."""
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors
@@ -20,13 +23,20 @@ def write_bytes(path, data: bytes) -> None:
   Raises:
     UsageError: not writable. RunError: no space.
   """
+  with whole(path) as f:
+    f.write(data)
+
+
+@contextlib.contextmanager
+def whole(path) -> Iterator[BinaryIO]:
+  """A file to write that takes its place when all is written; see `write_bytes`."""
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
       with open(temporary, "wb") as f:
-        f.write(data)
+        yield f
         f.flush()
         os.fsync(f.fileno())
       os.replace(temporary, path)
@@ -71,12 +81,23 @@ def sync_folder(folder) -> None:
 
 def digest(arrays: dict[str, np.ndarray], about="") -> str:
   """sha256 (hex) over names, dtypes, shapes and bytes, and over `about`, anything JSON can hold."""
-  h = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+  h = _begin(about)
   for name in sorted(arrays):
-    x = np.ascontiguousarray(arrays[name])
-    h.update(f"\0{name}\0{x.dtype.str}\0{x.shape}\0".encode())
-    h.update(x.data.cast("B") if x.size else b"")
+    _add(h, name, np.ascontiguousarray(arrays[name]))
   return h.hexdigest()
+
+
+def _begin(about):
+  return hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+
+
+def _add(h, name, x):
+  h.update(f"\0{name}\0{x.dtype.str}\0{x.shape}\0".encode())
+  h.update(_bytes(x))
+
+
+def _bytes(x):
+  return x.reshape(-1).view(np.uint8).data if x.size else b""
 
 
 def save_arrays(path, arrays: dict[str, np.ndarray], about) -> None:
@@ -84,6 +105,47 @@ def save_arrays(path, arrays: dict[str, np.ndarray], about) -> None:
   # One entry: safetensors writes several in any order, and equal content should be equal bytes.
   header = {"content": json.dumps({"about": about, "sha256": digest(arrays, about)}, sort_keys=True)}
   write_bytes(path, safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, header))
+
+
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def stream_arrays(path, shapes: dict[str, tuple[int, ...]], read: Callable[[str], np.ndarray], about=None,
+                  dtype: str = "float32", metadata: dict[str, str] | None = None) -> None:
+  """Writes floats as safetensors with one array at a time in memory.
+
+  Args:
+    shapes: of the arrays.
+    read: name -> array of that shape.
+    about: makes it a file that `load_arrays` reads: the same as by `save_arrays`, for any number of arrays.
+    dtype: float32, float16 or bfloat16.
+    metadata: what the header says where there is no `about`.
+  """
+  size, names = np.dtype(dtype).itemsize, sorted(shapes)
+  offsets = np.cumsum([0] + [math.prod(shapes[name]) * size for name in names]).tolist()
+
+  def header(content):
+    entries = {name: {"dtype": _DTYPES[dtype], "shape": list(shapes[name]), "data_offsets": offsets[i:i + 2]}
+               for i, name in enumerate(names)}
+    text = json.dumps({"__metadata__": content} | entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+  def sealed(value):
+    content = json.dumps({"about": about, "sha256": value}, sort_keys=True)
+    return metadata or {} if about is None else {"content": content}
+
+  h = _begin(about)
+  with whole(path) as f:
+    f.write(header(sealed("0" * 64)))  # as long as the real one, which is known at the end
+    for name in names:
+      x = np.ascontiguousarray(read(name), dtype)
+      if x.shape != tuple(shapes[name]):
+        raise ValueError(f"{name}: shape {x.shape}, not {shapes[name]}")
+      _add(h, name, x)
+      f.write(_bytes(x))
+    f.seek(0)
+    f.write(header(sealed(h.hexdigest())))
 
 
 def load_arrays(path, remedy: str = "delete it, it is made again") -> tuple[dict[str, np.ndarray], object]:

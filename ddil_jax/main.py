@@ -1,4 +1,4 @@
-"""Command line: python -m ddil_jax <train | evaluate | sample | report | list | ...> ... No logic here."""
+"""Command line: python -m ddil_jax <train | evaluate | sample | report | convert | ...> ... No logic here."""
 
 import argparse
 import os
@@ -78,6 +78,23 @@ def parser() -> argparse.ArgumentParser:
   convert.add_argument("sources", nargs="+", metavar="SOURCE",
                        help="published files as they are; LPIPS: the backbone's, then the heads'; CLIP: its folder")
   convert.add_argument("--out", required=True, metavar="FILE.safetensors")
+  take = command("convert", "convert the weights of a diffusers folder to one file", config=False)
+  take.add_argument("folder", metavar="FOLDER", help="of a model (config.json, safetensors) or of a pipeline")
+  take.add_argument("--component", default="", help="of a pipeline: unet (default), vae, text_encoder, text_encoder_2")
+  take.add_argument("--guidance_embedding", type=int, default=0, metavar="WIDTH", help="add LCM's embedding of the"
+                    " guidance scale (256 there) to a UNet, without effect at first")
+  take.add_argument("--out", required=True, metavar="FILE.safetensors")
+  give = command("export", "write a converted or trained UNet as a folder that diffusers samples from", config=False)
+  give.add_argument("file", metavar="FILE.safetensors", help="of `ddil convert`, or a student in the same format")
+  give.add_argument("--out", required=True, metavar="FOLDER")
+  give.add_argument("--sampler", default="lcm", help="lcm (students of LCM, CD, DMD2) or ddim (PD)")
+  give.add_argument("--steps", type=int, default=4)
+  give.add_argument("--timesteps", default="", metavar="T,T,...", help="of a grid of one's own, as 999,749,499,249")
+  give.add_argument("--prediction", default="eps", help="what the network predicts: eps, v or x0")
+  give.add_argument("--guidance_scale", type=float, default=1.0, help="that the student has in it, or reads")
+  give.add_argument("--zero_terminal_snr", action="store_true", help="the schedule ends in pure noise")
+  give.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights")
+  give.add_argument("--run", metavar="DIR", help="training run whose config and metrics the model card shows")
   command("list", "list configs, data sets and parts", config=False)
   return top
 
@@ -108,7 +125,7 @@ def overrides_of(rest: list[str], command: str) -> dict[str, str]:
   overrides = {}
   words = iter(rest)
   for word in words:
-    if not word.startswith("--config.") or command in ("report", "convert-extractor", "list"):
+    if not word.startswith("--config.") or command in ("report", "convert-extractor", "convert", "export", "list"):
       raise UsageError(f"unknown argument '{word}'; `ddil {command} --help` shows what there is")
     field, equals, value = word.removeprefix("--config.").partition("=")
     value = value if equals else next(words, None)
@@ -132,6 +149,13 @@ def _run(args, overrides) -> int:
     extractors.convert(args.kind, args.sources, args.out)
     print(f"wrote {args.out}")
     return 0
+  if args.command == "convert":
+    from ddil_jax.interop import diffusers
+    print(diffusers.convert(args.folder, args.out, args.component, args.guidance_embedding))
+    print(f"wrote {args.out}")
+    return 0
+  if args.command == "export":
+    return _export(args)
 
   from ddil_jax import config as config_lib
   from ddil_jax import runs
@@ -166,6 +190,22 @@ def _run(args, overrides) -> int:
     return _fail(EXIT_STOPPED, stopped)
   from ddil_jax.evaluation import report
   print(report.terminal_table(rows))
+  return 0
+
+
+def _export(args) -> int:
+  from ddil_jax.interop import diffusers, release
+  try:
+    times = tuple(int(word) for word in args.timesteps.split(",") if word)
+  except ValueError:
+    raise UsageError(f"--timesteps={args.timesteps}: whole numbers are expected, such as 999,749,499,249") from None
+  sampling = release.Sampling(args.sampler, args.steps, args.prediction, times, args.guidance_scale,
+                              args.zero_terminal_snr)
+  run = release.run_of(args.run) if args.run else None
+  release.scheduler_config(sampling)  # before the weights, which take long
+  loaded = diffusers.load(args.file)
+  release.write(args.out, loaded.params, loaded.about, sampling, run, args.dtype)
+  print(f"wrote {args.out}")
   return 0
 
 

@@ -9,6 +9,9 @@ A condition `cond` is a dict of arrays with leading axis B; `{}` is unconditiona
     "end_time":       float32 [B]  where the jump ends, in the unit of the process, for networks that
                                    read it (CTM, MeanFlow, TwinFlow); t itself is no jump
     "time_sign":      float32 [B]  +1 or -1, multiplies the network's time inputs (TwinFlow)
+    "text":           float32 [B,L,D]  states of the prompt's tokens, for networks that read text
+    "text_pooled":    float32 [B,D]    SDXL: the prompt in one vector
+    "time_ids":       float32 [B,6]    SDXL: original size, crop, target size, height first
 
 Keys `keys` are typed JAX keys of shape [B], one per example, so that a draw does
 not depend on how the batch is laid out over devices.

@@ -127,7 +127,7 @@ def to_flax(template, tensors: dict[str, np.ndarray], what: str, rename=(), unus
 
 
 def fits(published: tuple[int, ...], path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-  """Whether a tensor of the published shape is a Flax variable of this path and shape; axes of length 1 do not count."""
+  """Whether a tensor of the published shape is the variable of this path and shape; axes of length 1 do not count."""
   turned = tuple(published[i] for i in _axes(path, len(published)))
   return [n for n in turned if n != 1] == [n for n in shape if n != 1]
 

@@ -235,7 +235,8 @@ class Upsample(nn.Module):
     return nn.Conv(x.shape[-1], (3, 3), dtype=self.style.dtype, name="conv")(doubled(x, size))
 
 
-def _attention(level: Level | Middle, depth: int, style: Style, name: str, x: Array, text: Array | None, **options) -> Array:
+def _attention(level: Level | Middle, depth: int, style: Style, name: str, x: Array, text: Array | None,
+               **options) -> Array:
   """The attention of a level after one of its residual blocks."""
   if level.attention == "cross":
     return Transformer(depth, level.heads, style, name=name)(x, text)

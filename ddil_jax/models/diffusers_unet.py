@@ -36,8 +36,8 @@ class DiffusersUNet(nn.Module):
     text_width: D of cond["text"]; 0 is a network without text.
     added_time: width of the sinusoid of each of cond["time_ids"] (SDXL: 256); 0 is none.
     pooled_width: D of cond["text_pooled"], next to time_ids.
-    guidance_embedding: width of the embedding of cond["guidance_scale"] (`time_cond_proj_dim`; LCM: 256); 0 is none. Its
-      projection starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
+    guidance_embedding: width of the embedding of cond["guidance_scale"] (`time_cond_proj_dim`; LCM: 256); 0 is none.
+      Its projection starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
     num_classes: classes of cond["label"]; 0 is none.
     center: the network wants 2 x - 1.
     sample_size: (H, W) of the maps that it was made for, if it says so.

@@ -321,5 +321,6 @@ class DhariwalUNet(_EDMUNet):
     emb = nn.silu(nn.Dense(4 * self.channels, dtype=self.dtype, name="map_layer0")(emb))
     emb = nn.Dense(4 * self.channels, dtype=self.dtype, name="map_layer1")(emb)
     if self.num_classes:
-      emb = emb + nn.Dense(4 * self.channels, use_bias=False, dtype=self.dtype, name="map_label")(self._one_hot(t, cond))
+      labels = self._one_hot(t, cond)
+      emb = emb + nn.Dense(4 * self.channels, use_bias=False, dtype=self.dtype, name="map_label")(labels)
     return nn.silu(emb)

@@ -33,8 +33,8 @@ SDXL = SMALL | dict(
 SSD1B = SDXL | dict(time_cond_proj_dim=None, layers_per_block=2, mid_block_type="UNetMidBlock2D",
                     transformer_layers_per_block=[1, [2, 1]], reverse_transformer_layers_per_block=[[1, 1, 2], 1])
 DDPM = dict(sample_size=8, block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, attention_head_dim=4,
-            downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=3)
+            downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, num_class_embeds=3,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
 ADM = DDPM | dict(resnet_time_scale_shift="scale_shift", downsample_type="resnet", upsample_type="resnet",
                   down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D"), downsample_padding=1,
                   up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D"), num_class_embeds=None)

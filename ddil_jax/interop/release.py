@@ -1,0 +1,133 @@
+"""A distilled student as a folder that diffusers samples from: network, scheduler, model card."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+from ddil_jax import files
+from ddil_jax.diffusion import grids
+from ddil_jax.errors import UsageError
+from ddil_jax.interop import diffusers as folders
+from ddil_jax.registry import unknown
+from ddil_jax.types import Params
+
+PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
+SAMPLERS = ("ddim", "lcm")
+
+
+class Sampling(NamedTuple):
+  """How the student was trained to be sampled, on Stable Diffusion's 1000 steps.
+
+  Attributes:
+    sampler: "ddim" (PD): deterministic, times evenly spaced from the end; "lcm" (LCM, CD, DMD2): predict and renoise.
+    steps: sampling steps.
+    prediction: what the network predicts, one of PREDICTIONS.
+    timesteps: of a grid of one's own, as DMD2's 999, 749, 499, 249; () are the sampler's.
+    guidance_scale: folded in, or read by the network where it has an embedding of it; u + g (c - u).
+    zero_terminal_snr: the schedule ends in pure noise.
+  """
+  sampler: str = "lcm"
+  steps: int = 4
+  prediction: str = "eps"
+  timesteps: tuple[int, ...] = ()
+  guidance_scale: float = 1.0
+  zero_terminal_snr: bool = False
+
+
+def scheduler_config(sampling: Sampling) -> dict[str, Any]:
+  """scheduler_config.json of a sampler.
+
+  Raises:
+    UsageError: an unknown name, times that do not decrease, or that this scheduler cannot take.
+  """
+  _check(sampling)
+  common = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                beta_schedule="scaled_linear", trained_betas=None, prediction_type=PREDICTIONS[sampling.prediction],
+                clip_sample=False, thresholding=False, set_alpha_to_one=True, steps_offset=0,
+                rescale_betas_zero_snr=sampling.zero_terminal_snr)
+  if sampling.sampler == "ddim":
+    return common | dict(_class_name="DDIMScheduler", timestep_spacing="trailing")
+  return common | dict(_class_name="LCMScheduler", original_inference_steps=50, timestep_scaling=10.0)
+
+
+def _check(sampling: Sampling) -> None:
+  if sampling.sampler not in SAMPLERS:
+    raise UsageError(unknown("sampler", sampling.sampler, SAMPLERS))
+  if sampling.prediction not in PREDICTIONS:
+    raise UsageError(unknown("prediction", sampling.prediction, PREDICTIONS))
+  if not 1 <= sampling.steps <= 1000:
+    raise UsageError(f"steps={sampling.steps}: 1 to 1000 are possible")
+  times = sampling.timesteps
+  if times and (len(times) != sampling.steps or list(times) != sorted(set(times), reverse=True)
+                or not 0 <= times[-1] <= times[0] <= 999):
+    raise UsageError(f"timesteps={times}: {sampling.steps} decreasing whole numbers from 0 to 999 are expected")
+  if times and sampling.sampler == "ddim" and list(times) != grids.ddim_timesteps(sampling.steps).tolist():
+    raise UsageError(f"timesteps={times}: diffusers' DDIM takes its own only, for {sampling.steps} steps"
+                     f" {tuple(grids.ddim_timesteps(sampling.steps).tolist())}")
+
+
+def timesteps(sampling: Sampling) -> list[int]:
+  """The times at which the student is evaluated."""
+  own = grids.ddim_timesteps if sampling.sampler == "ddim" else grids.lcm_timesteps
+  return list(sampling.timesteps) or own(sampling.steps).tolist()
+
+
+def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = None) -> str:
+  """README.md of the folder.
+
+  Args:
+    about: of the student's file, see `interop/diffusers.py::Loaded`.
+    run: "config" and "results" (rows) of the training run, where there is one.
+  """
+  run, licence = run or {}, about.get("license") or "unknown"
+  arguments = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale:g}"
+  if sampling.timesteps:
+    arguments += f", timesteps={list(sampling.timesteps)}"
+  terms = (f"under the licence {licence} of that model." if licence != "unknown" else
+           "which states no licence: ask its authors before sharing this network.")
+  lines = [
+      "---", f"license: {licence}", "library_name: diffusers", "tags: [distillation, ddil]", "---", "",
+      f"# {sampling.steps}-step student", "",
+      f"Distilled with ddil from `{about.get('source', 'unknown')}`, {terms}", "",
+      f"It is sampled at the times {', '.join(map(str, timesteps(sampling)))} with the scheduler in `scheduler/`:", "",
+      "```python", "unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder=\"unet\")",
+      f"scheduler = {scheduler_config(sampling)['_class_name']}.from_pretrained(FOLDER, subfolder=\"scheduler\")",
+      "pipeline = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, scheduler=scheduler)",
+      f"image = pipeline(prompt, {arguments}).images[0]", "```", ""]
+  if sampling.sampler == "ddim" and 1000 % sampling.steps:
+    lines += [f"{sampling.steps} does not divide 1000: a step of that scheduler does not end quite where the next one"
+              " begins, so its images differ a little from those of the training code.", ""]
+  for row in run.get("results", []):
+    lines += [f"Metrics at {row.get('steps')} steps, guidance scale {row.get('guidance_scale')}:", "",
+              "| metric | value |", "|---|---|", *(f"| {k} | {v:.6g} |" for k, v in row.get("metrics", {}).items()), ""]
+  if "config" in run:
+    config = json.dumps(run["config"], indent=1, sort_keys=True)
+    lines += ["Config of the training run:", "", "```json", config, "```", ""]
+  return "\n".join(lines)
+
+
+def write(folder, params: Params, about: dict, sampling: Sampling, run: dict[str, Any] | None = None,
+          dtype: str = "float32") -> None:
+  """Writes `unet/`, `scheduler/` and README.md.
+
+  Args:
+    params, about: of the student; `about` as `interop/diffusers.py::load` gave it for the teacher or the student.
+    run: see `model_card`.
+    dtype: of the weights.
+
+  Raises:
+    UsageError: what does not fit; a folder that has other files already.
+  """
+  folder = pathlib.Path(folder)
+  config = scheduler_config(sampling)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UsageError(f"{folder} exists already and is not an empty folder; give another one")
+  folders.export(params, about, folder / "unet", dtype)
+  files.write_json(folder / "scheduler" / "scheduler_config.json", config)
+  files.write_bytes(folder / "README.md", model_card(about, sampling, run).encode())
+
+
+def run_of(workdir) -> dict[str, Any]:
+  """"config" and "results" of a run's folder for the model card. Raises UsageError where they are not."""
+  workdir = pathlib.Path(workdir)
+  return {"config": files.read_json(workdir / "config.json"), "results": files.read_json(workdir / "results.json")}
