@@ -32,13 +32,15 @@ def common() -> ConfigDict:
       channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7, 8), num_heads=4, dropout=0.0,
       guidance_embedding=0,  # dimension of the embedding of the guidance scale; 0 is none
       end_time_embedding=0,  # of the time at which a jump ends, for methods that tell it; 0 is none
-      dtype="float32"))  # compute dtype; parameters are float32
+      dtype="float32",  # compute dtype; parameters are float32
+      remat="none"))  # what a gradient computes anew to save memory: none | dots (keeps convolutions) | blocks
   config.teacher = ConfigDict(dict(
       path="",  # a run directory, a checkpoint, or a .safetensors file
       ema="0.999",  # which average of a run's student is the teacher; "raw" is none
       channels=0, channel_mult=(), num_res_blocks=0,  # where it differs from `model`; 0, () is the same
       guidance_embedding=0,  # of a teacher that reads the guidance scale: a student of guided distillation
       guidance_scale=1.0,  # u + g (c - u); 1 is the conditional model itself
+      dtype="float32",  # in which the frozen parameters are kept; bfloat16 halves their memory
       folded_guidance_scale=0.0))  # what a distilled teacher has in it already (set by stages); 0 is none
 
   # Where training states come from (DDIL). A base method is forward = 1.
@@ -67,7 +69,11 @@ def common() -> ConfigDict:
       stages=(),  # num_steps of each stage of progressive distillation; () is a single run
       log_every=100, eval_every=0, checkpoint_every=1000,  # 0: only at the end
       keep=2, keep_best=0, max_bad_steps=10,
-      parallel="single"))  # mesh | pmap
+      parallel="single",  # mesh | pmap
+      fsdp=1,  # devices of a mesh over which parameters, optimizer states and averages are split
+      sharding=(".*=largest",),  # REGEX=AXIS for parameters by path, AXIS a number, largest or whole
+      min_shard=16_384,  # smaller arrays stay whole, unless a rule names their axis
+      microbatch=0))  # most examples that a device learns from at a time; 0 is its share of the batch
   config.eval = ConfigDict(dict(
       num_samples=2000, batch_size=500, ema="0.999",  # "raw": the student's own parameters
       sampler_steps=(),  # other step counts at which to evaluate too

@@ -27,7 +27,7 @@ from ddil_jax.evaluation import results
 from ddil_jax.interop import extractors
 from ddil_jax.models import base as models
 from ddil_jax.models.head import DiscriminatorHead
-from ddil_jax.models.unet import UNet
+from ddil_jax.models.unet import REMAT, UNet
 from ddil_jax.objectives.base import Objective, Parts, bind, subset
 from ddil_jax.states import priors as priors_lib
 from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
@@ -91,7 +91,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
 
 # (field, smallest value); those of `objective` where the method has them.
 _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1), ("train.max_bad_steps", 1),
-             ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
+             ("train.fsdp", 1), ("train.min_shard", 0), ("train.microbatch", 0), ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
              ("model.channels", 1), ("model.num_res_blocks", 1), ("model.num_heads", 1),
              ("model.guidance_embedding", 0), ("model.end_time_embedding", 0), ("model.dropout", 0),
              ("teacher.guidance_embedding", 0), ("teacher.channels", 0),
@@ -115,8 +115,11 @@ def check_numbers(config: ConfigDict) -> None:
     mult = config[group].channel_mult
     if any(m < 1 for m in mult) or group == "model" and not mult:
       raise UsageError(f"config.{group}.channel_mult={mult}: a width of at least 1 for each level is needed")
-  if config.model.dtype not in DTYPES:
-    raise UsageError(registry.unknown("model.dtype", config.model.dtype, DTYPES))
+  for group in ("model", "teacher"):
+    if config[group].dtype not in DTYPES:
+      raise UsageError(registry.unknown(f"{group}.dtype", config[group].dtype, DTYPES))
+  if config.model.remat not in REMAT:
+    raise UsageError(registry.unknown("model.remat", config.model.remat, REMAT))
   if config.train.keep_best and not config.train.eval_every:
     raise UsageError("config.train.keep_best needs evaluations to judge by: set config.train.eval_every")
 

@@ -35,6 +35,7 @@ from ddil_jax.training.step import due_players, init_state, make_diagnose, make_
 
 # Fields that may differ when a run is resumed.
 MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep", "train.keep_best",
+              "train.parallel", "train.fsdp", "train.sharding", "train.min_shard", "train.microbatch", "model.remat",
               "eval", "data.data_dir", "data.manual_dir")
 _DIAGNOSE_BATCHES = 8  # over which the objective's own measurements are averaged
 
@@ -142,32 +143,36 @@ def _built(text: str) -> tuple[build_lib.Built, parallel.Runner]:
   config = config_lib.from_dict(json.loads(text))
   built = build_lib.build(config)
 
-  def make_step(axis_name):
+  def make_step(layout):
     return make_train_step(built.objective, built.distribution, built.optimizers, built.ema_decays,
-                           config.train.batch_size, config.states.rollout_params, axis_name)
+                           config.train.batch_size, config.states.rollout_params, layout)
 
-  return built, parallel.make_runner(config.train.parallel, make_step, config.train.batch_size)
+  options = parallel.Options(config.train.fsdp, config.train.sharding, config.train.min_shard, config.train.microbatch)
+  return built, parallel.make_runner(config.train.parallel, make_step, config.train.batch_size, options=options)
 
 
 def _train(config, workdir, setup, say):
   built, teacher, batches, runner = setup
   root = jax.random.key(config.seed)
-  fresh = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, root, teacher,
-                     jax.tree.map(jnp.asarray, batches[0]))
-  say(f"{config.objective.name}: {models.count_params(fresh.params['student']):,} parameters in the student, "
-      f"states from {', '.join(built.distribution.sources)}, {runner.num_devices} device(s)")
+  make_state = functools.partial(init_state, built.objective, built.distribution, built.optimizers, built.ema_decays)
+  start_from = (make_state, root, teacher, batches[0])
+  shapes = runner.shapes(*start_from)
+  say(f"{config.objective.name}: {models.count_params(shapes.params['student']):,} parameters in the student, "
+      f"states from {', '.join(built.distribution.sources)}; {runner.summary}")
 
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(checkpoint.Checkpoints(
         workdir / workdir_lib.CHECKPOINTS, keep=config.train.keep, keep_best=config.train.keep_best, best_metric="fd"))
-    restored = checkpoints.restore(fresh)
+    restored = checkpoints.restore(shapes)
     teacher_hash = params_lib.hash_params(teacher) if teacher else ""
-    state, meta, start = restored if restored else (fresh, {"seconds": 0.0, "teacher": teacher_hash}, 0)
+    state, meta, start = restored or (None, {"seconds": 0.0, "teacher": teacher_hash}, 0)
     if meta["teacher"] != teacher_hash:
       raise UsageError(f"the teacher at {config.teacher.path} is not the one that {workdir} was trained with (other"
                        " parameters); bring that one back, or train in a new work directory")
     if restored:
       say(f"continuing from step {start} of {config.train.steps}")
+    state = runner.create(*start_from) if state is None else runner.place(state)
+    frozen = runner.place_frozen({"teacher": _stored(teacher, config.teacher.dtype)})
     writer = stack.enter_context(log_lib.MetricWriter(workdir, start))
     progress = stack.enter_context(log_lib.Progress(config.train.steps, workdir.name))
     clock = _Clock(meta["seconds"])
@@ -197,9 +202,8 @@ def _train(config, workdir, setup, say):
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
                              config.train.checkpoint_every, config.train.max_bad_steps, config.eval.diagnose_every)
     clock.start(start)
-    state = loop.run_loop(runner, functools.partial(due_players, built.objective), runner.place(state),
-                          runner.place_frozen({"teacher": teacher}), batches, root, settings,
-                          loop.Hooks(log, save, evaluate_now, dump, diagnose))
+    state = loop.run_loop(runner, functools.partial(due_players, built.objective), state, frozen, batches, root,
+                          settings, loop.Hooks(log, save, evaluate_now, dump, diagnose))
     state = runner.fetch(state)
     seconds = clock.total()
   return write_results(config, built, student_params(state, config.eval.ema), teacher, workdir, seconds)
@@ -243,6 +247,11 @@ class _Clock:
     now = time.monotonic()
     (before, first), self._last = self._last, (now, step)
     return (step - first) / max(now - before, 1e-9)
+
+
+def _stored(params, dtype: str):
+  """Parameters in the dtype in which they are kept."""
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def student_params(state, name: str):

@@ -140,9 +140,9 @@ class Window:
     built, self._root = self.built, jax.random.key(config.seed)
     self._batches = pipeline.batches(dataset, self.batch_size, config.seed, config.data.flip)
     teacher = network if built.init_teacher else ()
-    self._runner = parallel.make_runner("single", lambda axis: make_train_step(
+    self._runner = parallel.make_runner("single", lambda layout: make_train_step(
         built.objective, built.distribution, built.optimizers, built.ema_decays, self.batch_size,
-        config.states.rollout_params, axis), self.batch_size)
+        config.states.rollout_params, layout), self.batch_size)
     self._frozen = self._runner.place_frozen({"teacher": teacher})
     self.start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays,
                             self._root, teacher, jax.tree.map(jnp.asarray, self._batches[0]))

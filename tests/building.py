@@ -48,7 +48,7 @@ def run(objective, distribution, teacher, mode="single", steps=3, batch_size=8, 
   optimizers = {p.name: optimizer or optax.sgd(1e-2) for p in objective.players}
   decays = (decays or {"0.9": 0.9}) | dict(objective.targets)
   runner = make_runner(
-      mode, lambda axis: make_train_step(objective, distribution, optimizers, decays, batch_size, axis_name=axis),
+      mode, lambda layout: make_train_step(objective, distribution, optimizers, decays, batch_size, layout=layout),
       batch_size)
   state = start or init_state(objective, distribution, optimizers, decays, jax.random.key(0), teacher,
                               toys.toy_batch(batch_size))

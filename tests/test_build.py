@@ -31,8 +31,8 @@ def steps_of(config):
   parts = (built.objective, built.distribution, built.optimizers, built.ema_decays)
   state = init_state(*parts, jax.random.key(0), teacher, jax.tree.map(jnp.asarray, batches[0]))
 
-  def make(axis):
-    return make_train_step(*parts, config.train.batch_size, config.states.rollout_params, axis)
+  def make(layout):
+    return make_train_step(*parts, config.train.batch_size, config.states.rollout_params, layout)
 
   return built, state, teacher, batches, make
 

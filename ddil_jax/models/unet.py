@@ -17,6 +17,10 @@ from ddil_jax.models.layers import GroupNorm, dropout, guidance_embedding, sinus
 from ddil_jax.types import Array, Cond
 
 _ZEROS = nn.initializers.zeros_init()
+# What of a block is kept for its gradient: everything, the results of convolutions and matrix products, or only the
+# block's inputs. The rest is computed again.
+REMAT = {"none": None, "dots": jax.checkpoint_policies.checkpoint_dots,
+         "blocks": jax.checkpoint_policies.nothing_saveable}
 
 
 class ResBlock(nn.Module):
@@ -71,6 +75,7 @@ class UNet(nn.Module):
       starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
     end_time_embedding: width of the embedding of cond["end_time"] (missing: t itself); likewise.
     dtype: compute dtype; parameters and output are float32.
+    remat: an entry of REMAT: what is kept for the gradient, and what computed anew to save memory.
   """
   out_channels: int
   channels: int = 8
@@ -83,6 +88,7 @@ class UNet(nn.Module):
   guidance_embedding: int = 0
   end_time_embedding: int = 0
   dtype: Any = jnp.float32
+  remat: str = "none"
 
   def feature_names(self) -> tuple[str, ...]:
     """Features that `__call__` gives on request."""
@@ -111,12 +117,14 @@ class UNet(nn.Module):
       raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(self.feature_names())}")
     last = len(self.channel_mult) - 1
     found = {}
+    kept = lambda part: nn.remat(part, policy=REMAT[self.remat]) if REMAT[self.remat] else part  # noqa: E731
+    res_block, attention = kept(ResBlock), kept(Attention)
 
     def block(h, level, name):
       width = self.channels * self.channel_mult[level]
-      h = ResBlock(width, self.dropout, self.dtype, name=name)(h, emb, keys)
+      h = res_block(width, self.dropout, self.dtype, name=name)(h, emb, keys)
       if h.shape[1] in self.attention_resolutions:
-        h = Attention(self.num_heads, self.dtype, name=f"{name}_attention")(h)
+        h = attention(self.num_heads, self.dtype, name=f"{name}_attention")(h)
       return h
 
     emb = nn.silu(self._embed(t, cond))
@@ -133,7 +141,7 @@ class UNet(nn.Module):
     found["encoder"] = h
 
     h = block(h, last, "mid_0")
-    h = ResBlock(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys)
+    h = res_block(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys)
     found["bottleneck"] = h
 
     for i in reversed(range(last + 1)):

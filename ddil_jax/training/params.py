@@ -106,7 +106,7 @@ def save_params(path, params: Params, meta: dict) -> None:
     raise ValueError("params must be nested dicts without '/' in the keys and without empty dicts")
   header = {"meta": json.dumps(meta, sort_keys=True), "sha256": _seal(describe(params), meta)}
   # asarray, since ascontiguousarray turns a scalar into a vector.
-  arrays = {name: np.asarray(_host(leaf), order="C") for name, leaf in flat.items()}
+  arrays = {name: np.asarray(to_host(leaf), order="C") for name, leaf in flat.items()}
   write_bytes(path, safetensors.numpy.save(arrays, header))
 
 
@@ -139,7 +139,7 @@ def _seal(index: Index, meta: dict) -> str:
   return digest({"arrays": index, "meta": json.loads(json.dumps(meta))})
 
 
-def _host(leaf) -> np.ndarray:
+def to_host(leaf) -> np.ndarray:
   """All of an array on the host; random keys as their bits."""
   if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
     leaf = jax.random.key_data(leaf)
@@ -151,4 +151,4 @@ def _host(leaf) -> np.ndarray:
 
 
 def _bytes(leaf) -> np.ndarray:
-  return np.asarray(_host(leaf), order="C").reshape(-1).view(np.uint8)
+  return np.asarray(to_host(leaf), order="C").reshape(-1).view(np.uint8)

@@ -4,7 +4,7 @@
 player's loss, gradient and update, the averages, the metrics.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,50 @@ from ddil_jax import keys as keys_lib
 from ddil_jax.objectives.base import Objective, Player, View
 from ddil_jax.states.base import SOURCES, Context, StateDistribution, States
 from ddil_jax.types import Array, Params
+
+
+class Layout(NamedTuple):
+  """What the step knows of devices; by default nothing.
+
+  Attributes:
+    axis_name: the mapped axis under pmap; None under jit, where arrays are global.
+    gather: parameters that are split over devices -> the same, whole where a loss uses them, with a gradient that
+      is split again; None where nothing is split.
+    passes: equal parts of the batch from which a gradient is accumulated.
+    shards: devices over which axis 0 of a global batch is split; each contributes to every part.
+    unroll: the parts in a row instead of in a `lax.scan`: in a loop, convolution gradients are 20 times slower on CPU.
+  """
+  axis_name: str | None = None
+  gather: Callable[[Params], Params] | None = None
+  passes: int = 1
+  shards: int = 1
+  unroll: bool = False
+
+  def whole(self, params: Params) -> Params:
+    """Parameters as a loss uses them."""
+    return self.gather(params) if self.gather else params
+
+  def mean(self, tree):
+    """Over the devices of a mapped axis."""
+    return jax.lax.pmean(tree, self.axis_name) if self.axis_name else tree
+
+  def sum(self, tree):
+    """Over the devices of a mapped axis."""
+    return jax.lax.psum(tree, self.axis_name) if self.axis_name else tree
+
+  def parts(self, tree):
+    """A tree of [B, ...] as `passes` parts [passes, B / passes, ...], of every device's examples an equal number."""
+    def part(v):
+      by_device = v.reshape((self.shards, self.passes, -1) + v.shape[1:])
+      return by_device.swapaxes(0, 1).reshape((self.passes, -1) + v.shape[1:])
+    return jax.tree.map(part, tree)
+
+  def joined(self, tree):
+    """The inverse of `parts`."""
+    def join(v):
+      by_pass = v.reshape((self.passes, self.shards, -1) + v.shape[2:])
+      return by_pass.swapaxes(0, 1).reshape((-1,) + v.shape[2:])
+    return jax.tree.map(join, tree)
 
 
 class TrainState(NamedTuple):
@@ -71,7 +115,8 @@ def _context(step, root, batch, student, teacher, batch_size) -> Context:
 
 
 def make_train_step(objective: Objective, distribution: StateDistribution, optimizers,
-                    ema_decays: Mapping[str, optax.ScalarOrSchedule], batch_size: int, rollout_params: str = "raw", axis_name: str | None = None):
+                    ema_decays: Mapping[str, optax.ScalarOrSchedule], batch_size: int, rollout_params: str = "raw",
+                    layout: Layout = Layout()):
   """Builds `(state, frozen, batch, root_key, due) -> (state, {name: Mean})`.
 
   Args:
@@ -80,24 +125,22 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
     ema_decays: {name: decay, or a schedule of it over the student's updates} of the student's EMAs.
     batch_size: examples over all devices.
     rollout_params: "raw", or the name of the EMA with which the student acts in rollouts.
-    axis_name: the mapped axis under pmap; None under jit, where arrays are global.
+    layout: of arrays over devices.
 
   `frozen` is {"teacher": params}: an argument, since what is closed over becomes constants of the
   compiled program. `due`, the names of the players that learn at this step (`due_players`), is
   static: one compiled program for each set. A `lax.cond` would do, but convolution gradients inside
   one run 25 times slower on CPU.
   """
-  average = (lambda tree: jax.lax.pmean(tree, axis_name)) if axis_name else (lambda tree: tree)
-  add_up = (lambda tree: jax.lax.psum(tree, axis_name)) if axis_name else (lambda tree: tree)
-
   def train_step(state: TrainState, frozen, batch, root: Array, due: tuple[str, ...]):
-    teacher = frozen["teacher"]
-    actor = state.params["student"] if rollout_params == "raw" else state.ema[rollout_params]
+    teacher = layout.whole(frozen["teacher"])
+    actor = layout.whole(state.params["student"] if rollout_params == "raw" else state.ema[rollout_params])
     ctx = _context(state.step, root, batch, actor, teacher, batch_size)
     states, dist = distribution.sample(state.dist, ctx)
     states = jax.lax.stop_gradient(states)
 
-    view = View(state.params, state.ema, teacher, state.step)
+    view = View(*({name: layout.whole(tree) for name, tree in trees.items()} for trees in (state.params, state.ema)),
+                teacher, state.step)
     params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
     all_finite = jnp.array(True)
     for player in objective.players:
@@ -107,7 +150,7 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
       averages = ema if name == "student" else {}
       own = (params[name], opt[name], averages)
       own, finite, player_metrics = _update(player, optimizers[name], ema_decays, view, states, batch, ctx.keys,
-                                            distribution.sources, average, add_up, own)
+                                            distribution.sources, layout, own)
       params[name], opt[name], averages = own
       ema.update(averages)
       all_finite &= finite
@@ -137,18 +180,18 @@ def make_diagnose(objective: Objective, distribution: StateDistribution, batch_s
   return diagnose
 
 
-def _update(player: Player, optimizer, ema_decays, view: View, states: States, batch, keys, sources, average, add_up,
-            own):
+def _update(player: Player, optimizer, ema_decays, view: View, states: States, batch, keys, sources,
+            layout: Layout, own):
   """One player's gradient step; a step that is not finite changes nothing."""
   params, opt, ema = own
 
-  def mean_loss(p):
-    loss, extra = player.loss(p, view, states, batch, keys)
+  def mean_loss(p, inputs):
+    loss, extra = player.loss(layout.whole(p), view, *inputs)
     return loss.mean(), (loss, extra)
 
-  (value, (loss, extra)), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+  value, (loss, extra), grads = _gradient(mean_loss, params, (states, batch, keys), layout)
   # Averaged before clipping inside the optimizer: the clip sees the gradient of the whole batch.
-  grads, value = _of_trainable(player, average(grads)), average(value)
+  grads, value = _of_trainable(player, layout.mean(grads)), layout.mean(value)
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(value)
   updates, new_opt = optimizer.update(grads, opt, params)
@@ -159,7 +202,7 @@ def _update(player: Player, optimizer, ema_decays, view: View, states: States, b
   new_ema = {name: optax.incremental_update(new_params, old, 1 - decays[name]) for name, old in ema.items()}
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
   own = (keep(new_params, params), keep(new_opt, opt), keep(new_ema, ema))
-  return own, finite, _metrics(player.name, sources, loss, extra, states.source, norm, finite, add_up)
+  return own, finite, _metrics(player.name, sources, loss, extra, states.source, norm, finite, layout)
 
 
 def _of_trainable(player: Player, tree):
@@ -174,7 +217,24 @@ def _of_trainable(player: Player, tree):
   return jax.tree_util.tree_map_with_path(keep, tree)
 
 
-def _metrics(name, sources, loss, extra, source, norm, finite, add_up) -> dict[str, Mean]:
+def _gradient(mean_loss, params: Params, inputs, layout: Layout):
+  """`mean_loss(params, inputs) -> (value, aux [B])` and its gradient, accumulated over the layout's passes."""
+  value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
+  if layout.passes == 1:
+    (value, aux), grads = value_and_grad(params, inputs)
+    return value, aux, grads
+
+  def one(total, part):
+    (value, aux), grads = value_and_grad(params, part)
+    return jax.tree.map(jnp.add, total, (value, grads)), aux
+
+  nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  total, aux = jax.lax.scan(one, nothing, layout.parts(inputs), unroll=layout.unroll)
+  value, grads = jax.tree.map(lambda v: v / layout.passes, total)
+  return value, layout.joined(aux), grads
+
+
+def _metrics(name, sources, loss, extra, source, norm, finite, layout) -> dict[str, Mean]:
   """Means of the loss and the gradient norm (all, and per source) and of the extra terms; skipped updates.
 
   A gradient belongs to a source if the whole batch came from it, as at every step of a mixture that is
@@ -187,7 +247,7 @@ def _metrics(name, sources, loss, extra, source, norm, finite, add_up) -> dict[s
     out[f"{name}/loss@{which}"] = Mean(jnp.where(mask, loss, 0).sum(), mask.sum().astype(jnp.float32))
   out |= {f"{name}/{key}": Mean(v.sum(), whole) for key, v in extra.items()}
   # A step that was skipped must not turn the averages of the others into NaN.
-  out = {key: Mean(jnp.where(finite, m.total, 0), jnp.where(finite, m.count, 0)) for key, m in add_up(out).items()}
+  out = {key: Mean(jnp.where(finite, m.total, 0), jnp.where(finite, m.count, 0)) for key, m in layout.sum(out).items()}
 
   def norm_where(counted):
     return Mean(jnp.where(counted, norm, 0), counted.astype(jnp.float32))

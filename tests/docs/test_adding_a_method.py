@@ -51,9 +51,9 @@ def test_trains_on_every_source(config_file):
                          jax.device_get(teacher))
   batches = pipeline.batches(built.dataset, config.train.batch_size, config.seed)
   root = jax.random.key(config.seed)
-  runner = make_runner("single", lambda axis: make_train_step(
+  runner = make_runner("single", lambda layout: make_train_step(
       built.objective, built.distribution, built.optimizers, built.ema_decays, config.train.batch_size,
-      axis_name=axis), config.train.batch_size)
+      layout=layout), config.train.batch_size)
   start = init_state(built.objective, built.distribution, built.optimizers, built.ema_decays, root, teacher, batches[0])
   before = jax.device_get(start.params["student"])
   state, frozen = runner.place(start), runner.place_frozen({"teacher": teacher})

@@ -9,7 +9,7 @@ import pytest
 
 from ddil_jax.errors import UsageError
 from ddil_jax.models.base import as_net_fn, by_path, count_params, init_from
-from ddil_jax.models.unet import UNet, upsample
+from ddil_jax.models.unet import REMAT, UNet, upsample
 
 SMALL = dict(out_channels=1, channels=8, channel_mult=(1, 2), num_classes=10)
 
@@ -200,3 +200,20 @@ def test_mistakes_are_named(demo):
     apply(params, *batch(), features=("middle",))
   with pytest.raises(UsageError, match="num_heads 3 must divide 16 channels"):
     make(attention_resolutions=(4,), num_heads=3)
+
+
+def test_rematerialisation_keeps_less_and_gives_the_same():
+  """Each policy keeps less for the gradient than the one before it, of the same parameters."""
+  inputs, kept, gradients = batch(), {}, {}
+  for name in REMAT:
+    net = as_net_fn(UNet(out_channels=1, attention_resolutions=(8,), channel_mult=(1,), remat=name))
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (8, 8, 1)))  # noqa: B023
+    params = noisy(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
+    loss = lambda p: (net.apply(p, *inputs) ** 2).sum()  # noqa: B023, E731
+    pull_back = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)  # noqa: B023
+    kept[name] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull_back))
+    if name in ("none", "blocks"):
+      gradients[name] = jax.jit(jax.grad(loss))(params)
+  assert kept["none"] > 1.5 * kept["dots"] and kept["dots"] > 1.2 * kept["blocks"], kept
+  for a, b in zip(*map(jax.tree.leaves, gradients.values()), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -47,7 +47,7 @@ def test_when_hooks_are_called():
   objective = pd.make(parts)
   states = building.on_policy(building.sources(parts, objective)["forward"])
   optimizers, teacher = {"student": optax.sgd(0.1)}, toys.toy_init(jax.random.key(7))
-  runner = make_runner("single", lambda axis: make_train_step(objective, states, optimizers, {}, 8, axis_name=axis), 8)
+  runner = make_runner("single", lambda layout: make_train_step(objective, states, optimizers, {}, 8, layout=layout), 8)
   state = init_state(objective, states, optimizers, {}, jax.random.key(0), teacher, toys.toy_batch())
   calls = []
 

@@ -48,8 +48,8 @@ def test_a_warm_average_forgets_its_start():
 def walk(objective, distribution, steps, batch_of=toys.toy_batch, mode="single", batch_size=8):
   """The metrics of every step."""
   optimizers = {p.name: optax.sgd(1e-2) for p in objective.players}
-  runner = make_runner(mode, lambda axis: make_train_step(objective, distribution, optimizers, {}, batch_size,
-                                                          axis_name=axis), batch_size)
+  runner = make_runner(mode, lambda layout: make_train_step(objective, distribution, optimizers, {}, batch_size,
+                                                          layout=layout), batch_size)
   teacher = toys.toy_init(jax.random.key(7))
   state = runner.place(init_state(objective, distribution, optimizers, {}, jax.random.key(0), teacher,
                                   toys.toy_batch(batch_size)))
