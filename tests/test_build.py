@@ -13,7 +13,7 @@ from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.errors import UsageError
 from ddil_jax.states.base import SOURCES, Context
 from ddil_jax.training.parallel import make_runner
-from ddil_jax.training.step import due_players, init_state, make_train_step
+from ddil_jax.training.step import Layout, due_players, init_state, make_train_step
 from tests.running import shared  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.xdist_group("build")
@@ -59,7 +59,7 @@ def test_forward_only_is_the_base_method():
     parts = steps_of(config)
     built, state, teacher, batches, make = parts
     assert built.distribution.sources == ("forward",)
-    step = jax.jit(make(None), static_argnums=4)
+    step = jax.jit(make(Layout()), static_argnums=4)
     texts.append(step.lower(state, {"teacher": teacher}, batches[0], jax.random.key(1), ("student",)).as_text())
     states.append(train(config, parts=parts))
   assert texts[0] == texts[1]
