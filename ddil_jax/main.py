@@ -95,6 +95,13 @@ def parser() -> argparse.ArgumentParser:
   give.add_argument("--zero_terminal_snr", action="store_true", help="the schedule ends in pure noise")
   give.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights")
   give.add_argument("--run", metavar="DIR", help="training run whose config and metrics the model card shows")
+  plan = command("plan", "compile a config's step for machines that are not here: memory, operations,"
+                 " collectives, time", workdir=False)
+  plan.add_argument("--topology", required=True, metavar="CHIP:SIZE", help="v5e:4x4, v5p:2x2x2 (TPUs: `pip install"
+                    " libtpu`), h100:8, cpu:8")
+  plan.add_argument("--batch", type=int, default=0, help="over all chips (default: the config's)")
+  plan.add_argument("--out", metavar="FILE.json", help="write the numbers to this file too")
+  plan.set_defaults(needs_config=True)
   command("list", "list configs, data sets and parts", config=False)
   return top
 
@@ -160,6 +167,8 @@ def _run(args, overrides) -> int:
   from ddil_jax import config as config_lib
   from ddil_jax import runs
   from ddil_jax.training.loop import Stopped
+  if args.command == "plan":
+    return _plan(args, overrides)
   if args.command == "evaluate":
     overrides |= _shorthands(args)
     if args.images:
@@ -235,6 +244,22 @@ def _evaluate_files(args, overrides) -> int:
   for name, value in result["metrics"].items():
     bounds = result["intervals"].get(name)
     print(f"{name:60} {value:12.6g}" + (f"  [{bounds['low']:.6g}, {bounds['high']:.6g}]" if bounds else ""))
+  return 0
+
+
+def _plan(args, overrides) -> int:
+  from ddil_jax import config as config_lib
+  from ddil_jax import files
+  from ddil_jax import plan as plan_lib
+  if not args.config:
+    raise UsageError("plan needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
+  if args.batch < 0:
+    raise UsageError(f"--batch={args.batch} is negative; give the number of examples over all chips")
+  config = config_lib.load(args.config, overrides | ({"data.data_dir": args.data_dir} if args.data_dir else {}))
+  found = plan_lib.plan(config, args.topology, args.batch)
+  if args.out:
+    files.write_json(args.out, plan_lib.as_json(found))
+  print(plan_lib.table(found))
   return 0
 
 

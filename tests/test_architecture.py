@@ -20,7 +20,7 @@ ALLOWED = {  # folder -> what it may import of the package, besides BASE and its
     "evaluation": {"diffusion"},
     "interop": {"diffusion", "models"},
 }
-COMPOSE = {"config.py", "sweep.py", "build.py", "measure.py", "measure_files.py", "shift.py", "runs.py", "main.py",
+COMPOSE = {"config.py", "sweep.py", "build.py", "measure.py", "measure_files.py", "plan.py", "shift.py", "runs.py", "main.py",
            "__main__.py"}
 
 

@@ -8,6 +8,7 @@ along axis 0 over both. Parameters, optimizer states, averages and the frozen te
 (ZeRO stage 3, arXiv 1910.02054; as one constraint for GSPMD, arXiv 2105.04663).
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -57,6 +58,8 @@ class Runner(NamedTuple):
     place_frozen, place_batch: the same for the frozen parameters and a host batch, of which each process
       has its share.
     step: (state, frozen, batch, key, due) -> (state, metrics); the state is donated.
+    lower: (make_state, teacher, batch, due) -> ({"state", "frozen", "batch"}, the lowered step), all of
+      ShapeDtypeStructs, for devices that need not be there; None under pmap.
     num_devices: over how many devices the batch is split.
     summary: one line: how the batch is split.
   """
@@ -67,6 +70,7 @@ class Runner(NamedTuple):
   place_frozen: Callable[[Any], Any]
   place_batch: Callable[[dict], dict]
   step: Callable
+  lower: Callable[..., Any] | None
   num_devices: int
   summary: str
 
@@ -223,8 +227,20 @@ def _eagerly(make_state, key, teacher, batch):
 
 def _single(make_step, devices, layout, summary) -> Runner:
   put = lambda tree: jax.device_put(tree, devices[0])  # noqa: E731
+  step = jax.jit(make_step(layout), donate_argnums=0, static_argnums=4)
+  places = _Places(devices, Options())
   return Runner(shapes=jax.eval_shape, create=_eagerly, place=put, fetch=lambda s: s, place_frozen=put, place_batch=put,
-                step=jax.jit(make_step(layout), donate_argnums=0, static_argnums=4), num_devices=1, summary=summary)
+                step=step, lower=functools.partial(_lower, step, places), num_devices=1, summary=summary)
+
+
+def _lower(step, places, make_state, teacher, batch, due):
+  key = jax.eval_shape(jax.random.key, 0)
+  at = lambda tree, shardings: jax.tree.map(  # noqa: E731
+      lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)
+  state = jax.eval_shape(make_state, key, teacher, batch)
+  given = {"state": at(state, places.state(state)), "frozen": {"teacher": at(teacher, places.params(teacher))},
+           "batch": at(batch, jax.tree.map(lambda _: places.split, batch))}
+  return given, step.lower(*given.values(), at(key, places.whole), due)
 
 
 def _mesh(make_step, devices, layout, options, summary) -> Runner:
@@ -255,10 +271,11 @@ def _mesh(make_step, devices, layout, options, summary) -> Runner:
   def put_params(tree):
     return _put(tree, places.params(tree))
 
+  jitted = jax.jit(step, donate_argnums=0, static_argnums=4)
   return Runner(
       shapes=shapes, create=create, place=lambda state: _put(state, places.state(state)), fetch=lambda state: state,
       place_frozen=lambda frozen: {name: put_params(tree) for name, tree in frozen.items()}, place_batch=place_batch,
-      step=jax.jit(step, donate_argnums=0, static_argnums=4), num_devices=len(devices), summary=summary)
+      step=jitted, lower=functools.partial(_lower, jitted, places), num_devices=len(devices), summary=summary)
 
 
 def _put(tree, shardings):
@@ -300,4 +317,4 @@ def _pmap(make_step, devices, layout, summary) -> Runner:
   return Runner(shapes=jax.eval_shape, create=lambda *arguments: place(_eagerly(*arguments)), place=place, fetch=fetch,
                 place_frozen=lambda tree: jax.tree.map(repeat, tree),
                 place_batch=lambda batch: jax.tree.map(lambda v: spread(jnp.asarray(v)), batch), step=run,
-                num_devices=count, summary=summary)
+                lower=None, num_devices=count, summary=summary)

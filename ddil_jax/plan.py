@@ -1,0 +1,353 @@
+"""What a training step needs on machines that are not here: memory, operations, collectives, time.
+
+The real step of a config is compiled for a topology; nothing is run. TPU programs come from libtpu's compiler
+without a TPU. For GPUs the program is compiled for as many virtual CPU devices: what is kept (parameters,
+optimizers, averages, teacher, buffers) and the collectives are the same, temporary memory is that of XLA's CPU
+buffer assignment and an estimate.
+
+The time is a roofline: the longest of operations / peak rate, bytes moved / memory bandwidth and collective bytes /
+interconnect bandwidth, as if the three overlapped entirely. A real step takes longer.
+"""
+
+import collections
+import functools
+import math
+import os
+import re
+import threading
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddil_jax import build as build_lib
+from ddil_jax.errors import UsageError
+from ddil_jax.registry import unknown
+from ddil_jax.training import parallel
+from ddil_jax.training.step import due_players, init_state, make_train_step
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+  """A chip as its data sheet has it.
+
+  Attributes:
+    memory: bytes.
+    flops: operations/s in bfloat16, dense.
+    bandwidth: of its memory, bytes/s.
+    links: to other chips, bytes/s in and out together.
+  """
+  memory: float
+  flops: float
+  bandwidth: float
+  links: float
+
+
+CHIPS = {"v4": Chip(32 * GIB, 275e12, 1228e9, 300e9), "v5e": Chip(16 * GIB, 197e12, 819e9, 200e9),
+         "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9), "v6e": Chip(32 * GIB, 918e12, 1640e9, 448e9),
+         "a100": Chip(80e9, 312e12, 2039e9, 600e9), "h100": Chip(80e9, 989e12, 3350e9, 900e9),
+         "h200": Chip(141e9, 989e12, 4800e9, 900e9)}
+_TPUS = ("v4", "v5e", "v5p", "v6e")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+          "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_SCALES = (4, 8, 16, 32, 64, 128, 256)
+_FULL = 0.95  # of a chip's memory; the rest is the runtime's
+
+
+class Program(NamedTuple):
+  """A compiled step, per chip.
+
+  Attributes:
+    due: the players that learn in it.
+    temporary, peak: bytes; peak is arguments, results that do not replace them, and temporary memory.
+    flops, moved: operations, and bytes between chip and memory, of one step.
+    collectives: {kind: bytes that a chip sends} of one step.
+    seconds: of compiling.
+  """
+  due: tuple[str, ...]
+  temporary: int
+  peak: int
+  flops: float
+  moved: float
+  collectives: dict[str, float]
+  seconds: float
+
+
+class Plan(NamedTuple):
+  """What `plan` found.
+
+  Attributes:
+    topology, chips, chip: where; `chip` is None for CPU devices.
+    batch_size: over all chips.
+    summary: how the batch is split.
+    kept: {kind: bytes per chip} of what lives from step to step.
+    programs: one for each set of players.
+    shares: {due: share of the steps}.
+  """
+  topology: str
+  chips: int
+  chip: Chip | None
+  batch_size: int
+  summary: str
+  kept: dict[str, int]
+  programs: list[Program]
+  shares: list[float]
+
+  @property
+  def peak(self) -> int:
+    return max(program.peak for program in self.programs)
+
+  @property
+  def fits(self) -> bool | None:
+    return None if self.chip is None else self.peak <= _FULL * self.chip.memory
+
+  def mean(self, what: str) -> float:
+    """The mean of "flops", "moved" or "collective" bytes over the steps of a run."""
+    value = (lambda p: sum(p.collectives.values())) if what == "collective" else (lambda p: getattr(p, what))
+    return sum(share * value(p) for share, p in zip(self.shares, self.programs))
+
+  def seconds(self, chips: int | None = None) -> dict[str, float]:
+    """Roofline time of a mean step by cause, at as many chips with the same batch on each.
+
+    A ring sends (n - 1) / n of what it reduces or gathers: the collective bytes are scaled by that.
+    """
+    ring = lambda n: (n - 1) / n  # noqa: E731
+    scale = 1.0 if chips is None or self.chips == 1 else ring(chips) / ring(self.chips)
+    return {"operations": self.mean("flops") / self.chip.flops, "memory": self.mean("moved") / self.chip.bandwidth,
+            "collectives": self.mean("collective") * scale / self.chip.links}
+
+  def utilisation(self, chips: int | None = None) -> float:
+    """The highest possible share of the chip's peak rate."""
+    return self.mean("flops") / self.chip.flops / max(self.seconds(chips).values())
+
+
+def devices_of(topology: str) -> tuple[list, Chip | None]:
+  """Devices to compile for, and the chip.
+
+  Args:
+    topology: "v5e:4x4" and the like, "h100:8", or "cpu:8".
+
+  Raises:
+    UsageError: unknown chips, no count, or libtpu is missing.
+  """
+  name, colon, size = topology.partition(":")
+  if not colon or not re.fullmatch(r"\d+(x\d+)*", size) or name not in (*CHIPS, "cpu"):
+    raise UsageError(unknown("topology", topology, [f"{chip}:4x4" if chip in _TPUS else f"{chip}:8" for chip in
+                                                    (*CHIPS, "cpu")]))
+  count = math.prod(int(n) for n in size.split("x"))
+  if name in _TPUS:
+    return _tpus(topology), CHIPS[name]
+  # Before anything asks for devices: later they cannot be had.
+  try:
+    jax.config.update("jax_num_cpu_devices", max(count, 1))
+  except RuntimeError:
+    pass  # asked already; enough of them may be there
+  devices = jax.devices("cpu")
+  if not 1 <= count <= len(devices):
+    raise UsageError(f"topology {topology}: {len(devices)} virtual CPU devices are there; set"
+                     f" XLA_FLAGS=--xla_force_host_platform_device_count={count}")
+  return devices[:count], CHIPS.get(name)
+
+
+def _tpus(topology):
+  # What libtpu would ask of a TPU machine.
+  for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", topology.replace(":", "-")),
+                      ("TPU_WORKER_HOSTNAMES", "localhost")):
+    os.environ.setdefault(name, value)
+  try:
+    import libtpu  # noqa: F401
+  except ImportError:
+    raise UsageError(f"topology {topology} needs the TPU compiler; `pip install libtpu` (no TPU is needed)") from None
+  from jax.experimental import topologies
+  try:
+    return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+  except Exception as error:  # whatever the plugin raises for a shape that does not exist
+    raise UsageError(f"topology {topology}: {' '.join(str(error).split())[:200]}") from None
+
+
+def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> Plan:
+  """Compiles a config's training step for a topology.
+
+  Args:
+    config: its `train.parallel` is "mesh" where there is more than one chip.
+    topology: see `devices_of`.
+    batch_size: over all chips; 0 is the config's.
+    say: told how long a compilation lasts.
+
+  Raises:
+    UsageError: anything that does not fit.
+  """
+  devices, chip = devices_of(topology)
+  config = config.copy_and_resolve_references().unlock()
+  config.train.batch_size = batch_size or config.train.batch_size
+  config.train.parallel = "mesh" if len(devices) > 1 else "single"
+  built = build_lib.build(config)
+
+  def make_step(layout):
+    return make_train_step(built.objective, built.distribution, built.optimizers, built.ema_decays,
+                           config.train.batch_size, config.states.rollout_params, layout)
+
+  options = parallel.Options(config.train.fsdp, config.train.sharding, config.train.min_shard, config.train.microbatch)
+  runner = parallel.make_runner(config.train.parallel, make_step, config.train.batch_size, devices, options)
+  teacher = _as(jax.eval_shape(built.init_teacher, jax.random.key(0)), config.teacher.dtype) \
+      if built.init_teacher else ()
+  make_state = functools.partial(init_state, built.objective, built.distribution, built.optimizers, built.ema_decays)
+  batch = _batch(built, config.train.batch_size)
+
+  steps = np.lcm.reduce([player.period for player in built.objective.players])
+  dues = [due_players(built.objective, step) for step in range(steps)]
+  programs = []
+  for due in dict.fromkeys(dues):
+    given, lowered = runner.lower(make_state, teacher, batch, due)
+    programs.append(_compile(lowered, due, say))
+  state = given["state"]
+  kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
+          "buffers": state.dist, "batch": given["batch"]}
+  return Plan(topology, len(devices), chip, config.train.batch_size, runner.summary,
+              {kind: bytes_per_chip(tree) for kind, tree in kept.items()}, programs,
+              [dues.count(program.due) / len(dues) for program in programs])
+
+
+def _as(tree, dtype):
+  return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, dtype), tree)
+
+
+def _batch(built, size):
+  shape = jax.ShapeDtypeStruct
+  return {"image": shape((size, *built.parts.image_shape), jnp.float32), "label": shape((size,), jnp.int32),
+          "lane": shape((size,), jnp.int32)}
+
+
+def bytes_per_chip(tree) -> int:
+  """What a chip keeps of a tree of ShapeDtypeStructs with shardings."""
+  return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+def _compile(lowered, due, say) -> Program:
+  began, done = time.monotonic(), threading.Event()
+
+  def alive():
+    while not done.wait(15):
+      say(f"compiling the step of {', '.join(due)}: {time.monotonic() - began:.0f} s")
+
+  threading.Thread(target=alive, daemon=True).start()
+  try:
+    compiled = lowered.compile()
+  finally:
+    done.set()
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+  peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+          + memory.temp_size_in_bytes)
+  return Program(due, memory.temp_size_in_bytes, peak, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0),
+                 collective_bytes(compiled.as_text()), round(time.monotonic() - began, 1))
+
+
+def collective_bytes(text: str) -> dict[str, float]:
+  """{kind: bytes that a device sends} of one run of an optimised program.
+
+  A ring over n devices sends 2 (n - 1) / n of what it reduces, (n - 1) / n of what it gathers or of what it reduces
+  and scatters, all of what it permutes. What lies in a loop counts as often as the loop is known to run, once where
+  that is not known.
+  """
+  bodies, entry, calls, sent = {}, "", [], collections.Counter()
+  for line in text.splitlines():
+    head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+    if head:
+      calls, sent = bodies[head[2]] = ([], collections.Counter())
+      entry = head[2] if head[1] else entry
+      continue
+    trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
+    for role, several in re.findall(r"(body|calls|to_apply|branch_computations|true_computation|false_computation)="
+                                    r"(\{[^}]*\}|%?[\w.\-]+)", line):
+      times = int(trips[1]) if trips and role == "body" else 1
+      calls += [(called, times) for called in re.findall(r"[\w.\-]+", several)]
+    found = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
+    if found:
+      sent[found[2]] += _sent(found[2], found[1], bool(found[3]), _group_size(line))
+
+  def total(name):
+    calls, own = bodies[name]
+    out = collections.Counter(own)
+    for called, times in calls:
+      for kind, value in total(called).items() if called in bodies else ():
+        out[kind] += times * value
+    return out
+
+  return dict(total(entry))
+
+
+def _sent(kind, shapes, asynchronous, n) -> float:
+  sizes = [math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, _BYTES.get(dtype[:2], 4))
+           for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
+  if asynchronous and kind != "all-reduce" and len(sizes) > 1:  # a tuple of operand and result
+    sizes = [min(sizes) if kind == "reduce-scatter" else max(sizes)]
+  size, ring = sum(sizes), (n - 1) / n
+  return {"all-reduce": 2 * ring * size, "all-gather": ring * size, "reduce-scatter": ring * n * size,
+          "collective-permute": size, "all-to-all": ring * size}[kind]
+
+
+def _group_size(line) -> int:
+  """Devices of a group: `[groups,size]<=...`, `{{0,1},{2,3}}`, or the axes in braces of `mesh['a'=4,'b'=2] {'a'}`."""
+  mesh = re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", line)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or the part of one
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+  if counted:
+    return int(counted[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  return len(listed[1].split(",")) if listed else 2
+
+
+def table(found: Plan) -> str:
+  """A plan in words, for the terminal."""
+  lines = [f"{found.topology}: {found.summary}", "", "kept on each chip"]
+  lines += [f"  {kind:20}{_size(value)}" for kind, value in found.kept.items()]
+  for program, share in zip(found.programs, found.shares):
+    lines += ["", f"step of {', '.join(program.due)} ({share:.0%} of the steps; compiled in {program.seconds:.0f} s)",
+              f"  {'temporary':20}{_size(program.temporary)}", f"  {'peak':20}{_size(program.peak)}",
+              f"  {'operations':20}{program.flops:9.3g}", f"  {'memory traffic':20}{_size(program.moved)}"]
+    lines += [f"  {kind:20}{_size(value)}" for kind, value in program.collectives.items()]
+  if found.chip is None:
+    return "\n".join(lines) + "\n"
+  lines += ["", f"peak {_size(found.peak).strip()} of {_size(found.chip.memory).strip()}: "
+            + ("it fits" if found.fits else f"it does NOT fit; {remedy(found)}")]
+  seconds = found.seconds()
+  most = max(seconds, key=seconds.get)
+  lines += [f"roofline: {1e3 * seconds[most]:.3g} ms a step, bound by {most} ("
+            + ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items()) + ")"]
+  if found.chips > 1:
+    lines += ["at most this share of the peak rate, with the same batch on each chip: "
+              + ", ".join(f"{n} chips {found.utilisation(n):.2%}" for n in _SCALES)]
+  else:
+    lines += [f"at most {found.utilisation():.2%} of the peak rate"]
+  return "\n".join(lines) + "\n"
+
+
+def _size(value) -> str:
+  power = min(3, int(math.log2(value) // 10)) if value >= 1 else 0
+  return f"{value / 2**(10 * power):9.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def remedy(found: Plan) -> str:
+  """The change that takes most of what is too much."""
+  program = max(found.programs, key=lambda p: p.peak)
+  per_network = sum(found.kept[kind] for kind in ("parameters", "optimizers", "averages", "teacher"))
+  if program.temporary > per_network:
+    return "most is temporary: set train.microbatch lower, model.remat, or a smaller batch"
+  if found.kept["buffers"] > per_network:
+    return "most is replay: set states.capacity lower"
+  return f"most is parameters and what belongs to them: set train.fsdp={found.chips}, teacher.dtype=bfloat16"
+
+
+def as_json(found: Plan) -> dict:
+  """A plan as JSON has it."""
+  out = found._asdict() | {"chip": found.chip and found.chip._asdict(), "peak": found.peak, "fits": found.fits,
+                           "programs": [program._asdict() for program in found.programs]}
+  return out | ({"roofline_seconds": found.seconds()} if found.chip else {})

@@ -1,0 +1,118 @@
+"""`ddil plan`: what a chip keeps is what really lies on a device, collectives are those of the arithmetic."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddil_jax import config as config_lib
+from ddil_jax import plan as plan_lib
+from ddil_jax.main import main
+from tests.running import refuse, shared  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.xdist_group("build")
+LCM = ("configs/digits_lcm.py:ddil,smoke", {"train.min_shard": "64", "train.batch_size": "16"})
+
+
+@pytest.fixture(scope="module")
+def plans(shared):  # noqa: F811
+  """The same config with all parameters on each of 8 devices, and split over 4 of them."""
+  return {fsdp: plan_lib.plan(config_lib.load(LCM[0], LCM[1] | {"train.fsdp": str(fsdp)}), "cpu:8", say=print)
+          for fsdp in (1, 4)}
+
+
+def test_what_a_chip_keeps(plans):
+  whole, split = plans[1], plans[4]
+  params = whole.kept["parameters"]
+  assert whole.kept["teacher"] == params and whole.kept["averages"] == 2 * params  # one of the config, one target
+  assert abs(whole.kept["optimizers"] - 2 * params) < 64  # Adam, and its count
+  for kind in ("parameters", "averages", "teacher", "optimizers"):
+    assert whole.kept[kind] / 4 <= split.kept[kind] < whole.kept[kind] / 3, kind  # small arrays stay whole
+  for kind in ("buffers", "batch"):
+    assert split.kept[kind] == whole.kept[kind]
+  assert whole.kept["batch"] == 2 * (8 * 8 * 4 + 4 + 4)  # two examples of 8x8, a label, a lane
+  for found in plans.values():
+    program, = found.programs
+    assert program.peak >= sum(found.kept.values()) and program.flops > 0 and found.shares == [1.0]
+
+
+def test_collectives_are_the_arithmetic(plans):
+  """Replicated parameters: gradients are summed once. Split: gathered for student, target and teacher, each once or
+  more, and summed to their place."""
+  params = plans[1].kept["parameters"]
+  reduced = plans[1].programs[0].collectives
+  assert params * 2 * 7 / 8 <= reduced["all-reduce"] < 1.1 * params * 2 * 7 / 8 + 4096  # and the metrics
+  gathered = plans[4].programs[0].collectives["all-gather"]
+  assert 3 * params * 3 / 4 * 0.9 < gathered
+
+
+def test_loops_count_as_often_as_they_run():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+  whole, split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("d",)))
+
+  def step(x, weight):
+    def body(x, _):
+      # Different in every round, so that no compiler takes it out of the loop.
+      return x + jax.lax.with_sharding_constraint(jnp.tanh(weight * x.mean()), whole).sum(), None
+    return jax.lax.scan(body, x, None, length=5)[0]
+
+  text = jax.jit(step, in_shardings=(split, split)).lower(
+      jax.ShapeDtypeStruct((16,), jnp.float32), jax.ShapeDtypeStruct((8, 100), jnp.float32)).compile().as_text()
+  found = plan_lib.collective_bytes(text)
+  assert sum(found.values()) >= 5 * 2 * 7 / 8 * 4  # five sums of a scalar at least
+  assert sum(found.values()) % 5 == pytest.approx(0, abs=1e-6)
+
+
+HLO = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(%a, %b)
+}
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[64,2]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %h = (bf16[8]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %r = (f32[100]{0}, f32[28]{0}) all-reduce(%p, %q), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  %s = f32[16]{0} reduce-scatter(%p), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%sum
+  %m = f32[8]{0} collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %a = f32[100]{0} all-reduce(%p), replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}, to_apply=%sum
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_bytes_of_a_program_that_is_known():
+  found = plan_lib.collective_bytes(HLO)
+  assert found == {"all-reduce": 2 * 7 / 8 * 512 + 2 * 3 / 4 * 400, "reduce-scatter": 7 / 8 * 8 * 64,
+                   "all-gather": 3 * 3 / 4 * (512 + 64), "collective-permute": 32}
+
+
+def test_what_fits_and_what_would(plans):
+  found = plans[4]._replace(topology="v5e:2x4", chip=plan_lib.CHIPS["v5e"])
+  assert found.fits and "it fits" in plan_lib.table(found)
+  seconds = found.seconds()
+  assert found.utilisation() == pytest.approx(seconds["operations"] / max(seconds.values()))
+  assert found.seconds(256)["collectives"] == pytest.approx(seconds["collectives"] * (255 / 256) / (7 / 8))
+  small = found._replace(chip=found.chip._replace(memory=1000.0))
+  assert not small.fits and "does NOT fit; most is temporary: set train.microbatch" in plan_lib.table(small)
+  small = small._replace(programs=[small.programs[0]._replace(temporary=0)])
+  assert "train.fsdp=8" in plan_lib.remedy(small)
+  assert "most is replay" in plan_lib.remedy(small._replace(kept=small.kept | {"buffers": 10**9}))
+
+
+def test_command(tmp_path, capsys, refuse):  # noqa: F811
+  arguments = ["plan", "--config=configs/digits_teacher.py:smoke", "--topology=h100:2", f"--out={tmp_path}/plan.json"]
+  assert main([*arguments, "--batch=16"]) == 0
+  said, wrote = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+  assert "batch 16 = 2 device(s) x 1 pass(es) x 8" in said and "it fits" in said and "256 chips" in said
+  assert wrote["fits"] is True and wrote["chips"] == 2 and wrote["kept"]["teacher"] == 0
+  assert math.isfinite(wrote["roofline_seconds"]["operations"])
+  for topology in ("v5e", "h100:", "h100:0", "z80:8", "cpu:8x", "cpu:99"):
+    line = refuse("plan", "--config=configs/digits_pd.py:smoke", f"--topology={topology}")
+    assert topology in line
+  assert "multiple of the 8 devices" in refuse("plan", "--config=configs/digits_pd.py:smoke,ddil", "--topology=cpu:8",
+                                               "--batch=12")
+  assert "--batch=-1" in refuse("plan", "--config=configs/digits_pd.py:smoke", "--topology=cpu:8", "--batch=-1")
