@@ -229,7 +229,8 @@ def _single(make_step, devices, layout, summary) -> Runner:
   put = lambda tree: jax.device_put(tree, devices[0])  # noqa: E731
   step = jax.jit(make_step(layout), donate_argnums=0, static_argnums=4)
   places = _Places(devices, Options())
-  return Runner(shapes=jax.eval_shape, create=_eagerly, place=put, fetch=lambda s: s, place_frozen=put, place_batch=put,
+  return Runner(shapes=jax.eval_shape, create=lambda *arguments: put(_eagerly(*arguments)),
+                place=put, fetch=lambda s: s, place_frozen=put, place_batch=put,
                 step=step, lower=functools.partial(_lower, step, places), num_devices=1, summary=summary)
 
 

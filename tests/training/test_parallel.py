@@ -66,7 +66,8 @@ def test_every_copy_of_a_network_is_split(split):
 def test_one_program_for_all_steps(split):
   """The state comes back laid out as it went in; else the second step would compile anew."""
   found, _ = split
-  assert found.runner.step._cache_size() == 1
+  reference()
+  assert found.runner.step._cache_size() == training("single").runner.step._cache_size() == 1
 
 
 def test_accumulated_gradients_are_those_of_the_batch():
