@@ -4,6 +4,7 @@
 optimizers. Everything below it takes plain arguments.
 """
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
@@ -24,8 +25,9 @@ from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import results
-from ddil_jax.interop import extractors
+from ddil_jax.interop import diffusers, extractors, release
 from ddil_jax.models import base as models
+from ddil_jax.models.diffusers_unet import DiffusersUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import REMAT, UNet
 from ddil_jax.objectives.base import Objective, Parts, bind, subset
@@ -42,7 +44,7 @@ from ddil_jax.types import Array, Cond, Params
 DTYPES = ("float32", "bfloat16", "float16")
 SHIFT_KINDS = ("state", "features", "labels")
 PROCESSES = {"cosine": process.cosine, "linear": process.linear, "stable_diffusion": process.stable_diffusion,
-             "edm": process.edm, "flow": process.flow}
+             "ddpm": process.ddpm, "edm": process.edm, "flow": process.flow}
 
 
 class Built(NamedTuple):
@@ -194,8 +196,12 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
     if config.teacher[field]:
       teacher_model[field] = config.teacher[field]
 
-  student_net = make_network(model, shape, num_classes, prediction_)
-  teacher_net = make_network(teacher_model, shape, num_classes, prediction_)
+  if model.pop("file", ""):
+    student_net, teacher_net = published_networks(config, shape, num_classes, prediction_)
+  else:
+    teacher_model.pop("file", "")
+    student_net = make_network(model, shape, num_classes, prediction_)
+    teacher_net = make_network(teacher_model, shape, num_classes, prediction_)
   has_teacher = config.objective.name != "denoising"
 
   def init_from_teacher(net: models.Network):
@@ -229,9 +235,39 @@ def make_network(model: dict, image_shape, num_classes: int, prediction_) -> mod
   """The project's UNet for images of a shape, with `init(key) -> params`."""
   module = UNet(**{**model, "dtype": jnp.dtype(model["dtype"])}, out_channels=image_shape[-1] * prediction_.channels,
                 num_classes=num_classes)
+  return _with_shape(module, image_shape)
+
+
+def _with_shape(module, image_shape) -> models.Network:
   net = models.as_net_fn(module)
   cond = {"label": jnp.zeros((1,), jnp.int32), "guidance_scale": jnp.ones((1,)), "end_time": jnp.zeros((1,))}
   return models.Network(lambda key: net.init(key, image_shape, cond), net.apply)
+
+
+def published_networks(config: ConfigDict, image_shape, num_classes: int, prediction_) -> tuple[models.Network, ...]:
+  """(student, teacher) of the architecture in config.model.file; the student may read the guidance scale as well.
+
+  Raises:
+    UsageError: a network that does not fit the data, the prediction or the guidance.
+  """
+  path = config.model.file
+  module, _ = diffusers.architecture(path)
+  if not isinstance(module, DiffusersUNet):
+    raise UsageError(f"config.model.file={path} is no UNet")
+  if module.text_width:
+    raise UsageError(f"config.model.file={path} reads text, and no data set of this version has any")
+  channels = image_shape[-1]
+  if (module.in_channels, module.out_channels) != (channels, channels * prediction_.channels):
+    raise UsageError(f"config.model.file={path} maps {module.in_channels} to {module.out_channels} channels;"
+                     f" images of {channels} and this prediction need {channels} to {channels * prediction_.channels}")
+  guided = config.teacher.guidance_scale != 1 or config.objective.name == "denoising"
+  if module.num_classes not in (0, num_classes + 1) and (guided or module.num_classes != num_classes):
+    raise UsageError(f"config.model.file={path} has {module.num_classes} classes; the data has {num_classes}, and"
+                     f" {num_classes + 1} are needed with the null class of guidance")
+  style = dataclasses.replace(module.style, dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout)
+  teacher = module.clone(style=style)
+  student = teacher.clone(guidance_embedding=config.model.guidance_embedding or module.guidance_embedding)
+  return _with_shape(student, image_shape), _with_shape(teacher, image_shape)
 
 
 def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:
@@ -471,3 +507,27 @@ def _sampler_grid(built: Built, steps: int) -> np.ndarray:
 def teacher_policy(built: Built, teacher: Params) -> Policy:
   """The teacher's own DDIM walk, guided and reflected as configured."""
   return solvers.ddim()(built.parts.process, built.objective.teacher(teacher))
+
+
+# How the students of a method are sampled, in diffusers' terms.
+_RELEASED = {"denoising": "ddim", "pd": "ddim", "lcm": "lcm", "dmd2": "lcm"}
+
+
+def sampling_of(config: ConfigDict, built: Built) -> release.Sampling:
+  """What diffusers has to know of how a run's student is sampled.
+
+  Raises:
+    UsageError: a run whose student no scheduler of diffusers samples.
+  """
+  name, method = config.process.name, config.objective.name
+  if name not in release.TABLES or method not in _RELEASED:
+    raise UsageError(f"no scheduler of diffusers samples a student of '{method}' on process '{name}'; known are"
+                     f" {', '.join(_RELEASED)} on {' and '.join(release.TABLES)}")
+  times = [round(float(t)) for t in built.objective.sampler_grid[:-1]]
+  kind = _RELEASED[method]
+  own = grids.ddim_timesteps if kind == "ddim" else grids.lcm_timesteps
+  return release.Sampling(
+      kind, len(times), config.prediction.name, () if own(len(times)).tolist() == times else tuple(times),
+      config.teacher.folded_guidance_scale or config.teacher.guidance_scale,
+      bool(config.process.get("zero_terminal_snr", False)), name, config.objective.get("timestep_scaling", 10.0),
+      config.reflect.kind != "identity" and config.reflect.sampler)

@@ -157,15 +157,25 @@ def load_arrays(path, remedy: str = "delete it, it is made again") -> tuple[dict
   Raises:
     UsageError: the file is absent, damaged, or its content does not have the hash it claims.
   """
+  arrays, content = _read(path, remedy, lambda f: {k: f.get_tensor(k) for k in f.keys()})
+  if digest(arrays, content["about"]) != content["sha256"]:
+    raise UsageError(f"{path} does not have the hash it claims; {remedy}")
+  return arrays, content["about"]
+
+
+def load_about(path, remedy: str = "delete it, it is made again"):
+  """The `about` of such a file alone: quick, and without checking the hash. Raises as `load_arrays`."""
+  return _read(path, remedy, lambda f: None)[1]["about"]
+
+
+def _read(path, remedy, get):
   try:
     with safetensors.safe_open(str(path), framework="numpy") as f:
       content = json.loads((f.metadata() or {})["content"])
-      arrays = {k: f.get_tensor(k) for k in f.keys()}
-    about, claimed = content["about"], content["sha256"]
+      if not {"about", "sha256"} <= set(content):
+        raise KeyError("about")
+      return get(f), content
   except FileNotFoundError as e:
     raise UsageError(f"no file {path}") from e
   except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
     raise UsageError(f"{path} is damaged ({type(e).__name__}); {remedy}") from e
-  if digest(arrays, about) != claimed:
-    raise UsageError(f"{path} does not have the hash it claims; {remedy}")
-  return arrays, about

@@ -79,13 +79,15 @@ def parser() -> argparse.ArgumentParser:
                        help="published files as they are; LPIPS: the backbone's, then the heads'; CLIP: its folder")
   convert.add_argument("--out", required=True, metavar="FILE.safetensors")
   take = command("convert", "convert the weights of a diffusers folder to one file", config=False)
-  take.add_argument("folder", metavar="FOLDER", help="of a model (config.json, safetensors) or of a pipeline")
+  take.add_argument("folder", metavar="FOLDER", help="of a model (config.json, safetensors) or of a pipeline; or the"
+                    " name of one on the Hugging Face Hub")
   take.add_argument("--component", default="", help="of a pipeline: unet (default), vae, text_encoder, text_encoder_2")
   take.add_argument("--guidance_embedding", type=int, default=0, metavar="WIDTH", help="add LCM's embedding of the"
                     " guidance scale (256 there) to a UNet, without effect at first")
   take.add_argument("--out", required=True, metavar="FILE.safetensors")
   give = command("export", "write a converted or trained UNet as a folder that diffusers samples from", config=False)
-  give.add_argument("file", metavar="FILE.safetensors", help="of `ddil convert`, or a student in the same format")
+  give.add_argument("file", metavar="RUN|FILE.safetensors", help="a run, which says itself how it is sampled; or a file"
+                    " of `ddil convert` or a student in that format, for which the arguments below say it")
   give.add_argument("--out", required=True, metavar="FOLDER")
   give.add_argument("--sampler", default="lcm", help="lcm (students of LCM, CD, DMD2) or ddim (PD)")
   give.add_argument("--steps", type=int, default=4)
@@ -204,6 +206,10 @@ def _run(args, overrides) -> int:
 
 def _export(args) -> int:
   from ddil_jax.interop import diffusers, release
+  if os.path.isdir(args.file):
+    from ddil_jax import runs
+    print(f"wrote {runs.export(args.file, args.out, args.dtype)}")
+    return 0
   try:
     times = tuple(int(word) for word in args.timesteps.split(",") if word)
   except ValueError:

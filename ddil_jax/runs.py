@@ -26,6 +26,7 @@ from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, sampling
+from ddil_jax.interop import diffusers, release
 from ddil_jax.models import base as models
 from ddil_jax.training import checkpoint, loop, parallel
 from ddil_jax.training import params as params_lib
@@ -268,13 +269,18 @@ def load_teacher(config: ConfigDict, built: build_lib.Built):
   if built.init_teacher is None:
     return ()
   if not config.teacher.path:
+    if file := config.model.get("file", ""):
+      return _fitting_teacher(diffusers.load(file).params, built, file)
     if config.data.name == "fake":  # a smoke run: any teacher will do
       return built.init_teacher(jax.random.key(config.seed))
     raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
                      " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
-  params = _load_student(config.teacher.path, config.teacher.ema).params
+  return _fitting_teacher(_load_student(config.teacher.path, config.teacher.ema).params, built, config.teacher.path)
+
+
+def _fitting_teacher(params, built, where):
   shapes = jax.eval_shape(built.init_teacher, jax.random.key(0))
-  params_lib.require_like(params, shapes, f"the teacher at {config.teacher.path}")
+  params_lib.require_like(params, shapes, f"the teacher at {where}")
   return jax.tree.map(jnp.asarray, params)
 
 
@@ -381,6 +387,26 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   images = sampling.sample_images(draw, num_samples, built.parts.image_shape, seed, labels,
                                   min(num_samples, config.eval.batch_size))
   grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
+  return pathlib.Path(out)
+
+
+def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "float32") -> pathlib.Path:
+  """Writes a run's student as a folder that diffusers samples from, with the scheduler that its training asks for.
+
+  Raises:
+    UsageError: a run of the project's own UNet, or one that no scheduler of diffusers samples.
+  """
+  config = saved_config(workdir)
+  file = config.model.get("file", "")
+  if not file:
+    raise UsageError(f"{workdir} trained the project's own UNet, which diffusers does not have; runs with"
+                     " config.model.file can be exported")
+  built = build_lib.build(config)
+  sampling = build_lib.sampling_of(config, built)
+  params, _ = _trained(config, built, workdir)
+  if config.model.guidance_embedding:
+    raise UsageError(f"{workdir}: the student reads the guidance scale, which UNet2DModel of diffusers does not")
+  release.write(out, params, diffusers.architecture(file)[1], sampling, release.run_of(workdir), dtype)
   return pathlib.Path(out)
 
 

@@ -174,6 +174,11 @@ def stable_diffusion(final_alpha_one: bool = True, zero_terminal_snr: bool = Fal
   return dataclasses.replace(discrete(table, final_alpha_one), name="stable_diffusion")
 
 
+def ddpm(final_alpha_one: bool = True) -> Process:
+  """DDPM's linear table, 1000 steps, betas 1e-4 .. 0.02 (arXiv 2006.11239)."""
+  return dataclasses.replace(discrete(ddpm_linear_alphas_cumprod(), final_alpha_one), name="ddpm")
+
+
 def edm(sigma_min: float = 0.002, sigma_max: float = 80.0, time_scale: float = 250.0) -> Process:
   """Variance exploding, `x_t = x0 + t eps`: the time is the noise level (EDM, arXiv 2206.00364).
 

@@ -244,10 +244,10 @@ def _unet(fields: Fields) -> nn.Module:
   own_groups = fields.get("attn_norm_num_groups")
   if own_groups not in (None, groups):
     raise UsageError(f"attn_norm_num_groups={_short(own_groups)}: norm_num_groups={groups} is expected")
-  middle = Middle(1, 0, "self" if attends else "", heads(widths[-1]) if attends else 1,
-                  fields.number("mid_block_scale_factor", 1.0), not scale_shift or own_groups is not None)
   if (kind := fields.explicit("mid_block_type", "UNetMidBlock2D")) not in ("UNetMidBlock2D", None):
     raise UsageError(unknown("mid_block_type", _short(kind), ["UNetMidBlock2D"]))
+  middle = Middle(1, 0, "self" if attends else "", heads(widths[-1]) if attends and kind else 1,
+                  fields.number("mid_block_scale_factor", 1.0), not scale_shift or own_groups is not None)
   return DiffusersUNet(
       fields.integer("in_channels", 3), fields.integer("out_channels", 3), levels("Down", "downsample_type", layers),
       levels("Up", "upsample_type", layers + 1), middle if kind else None,

@@ -25,6 +25,7 @@ from ddil_jax.types import Params
 
 KIND = "diffusers"
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
+_AGAIN = "convert the folder again: `ddil convert FOLDER --out=FILE.safetensors`"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_PARAMETERS = 20_000_000_000  # SDXL has 2.6
 _LARGEST_JSON = 16 * 2**20
@@ -71,7 +72,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
   """Writes a model's weights as one file that `load` reads; one tensor at a time is in memory.
 
   Args:
-    folder: of a model, or of a pipeline.
+    folder: of a model, or of a pipeline; or the name of one on the Hugging Face Hub.
     out: file to write.
     component: of a pipeline: "unet" (default), "vae", "text_encoder", ...
     guidance_embedding: gives a UNet LCM's embedding of the guidance scale of this width, without effect at first, so
@@ -82,6 +83,9 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       supported or makes no sense.
   """
   source = pathlib.Path(folder)
+  named = source.resolve().name if source.is_dir() else str(folder)
+  if not source.is_dir() and re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", str(folder)):
+    source = download(str(folder), component)
   folder = _model_folder(source, component)
   config = _json(folder / "config.json")
   if guidance_embedding:
@@ -118,10 +122,29 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       raise UsageError(f"{found[path].file}: {found[path].name} has values that are not finite")
     return weights.from_torch(x, path, shapes[path])
 
-  about = {"kind": KIND, "config": config, "source": source.resolve().name, "license": _license(folder)}
+  about = {"kind": KIND, "config": config, "source": named, "license": _license(folder)}
   files.stream_arrays(out, {"/".join(path): shape for path, shape in shapes.items()}, read, about)
   model = f"{_class(config)}: {_count(shapes):,} parameters in {len(shapes)} tensors"
   return Report(model, tuple(new), tuple(unused), ignored)
+
+
+def download(name: str, component: str = "") -> pathlib.Path:
+  """The folder of a model or pipeline on the Hugging Face Hub: configs, model card, and safetensors of one component.
+
+  Raises:
+    UsageError: there is no network, no such model, or it asks for a login.
+  """
+  import huggingface_hub  # it takes long, and a local folder does without
+  inner = component or "unet"
+  wanted = ["README.md", "config.json", "model_index.json", *(f"{stem}.safetensors*" for stem in _STEMS[:2]),
+            f"{inner}/config.json", *(f"{inner}/{stem}.safetensors*" for stem in _STEMS[:2]),
+            *(f"{inner}/{stem}-*.safetensors" for stem in _STEMS[:2])]
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+  except Exception as e:  # of the Hub's client and of several libraries below it
+    raise UsageError(f"no folder {name} is here, and it cannot be had from the Hugging Face Hub ({type(e).__name__}):"
+                     f" where there is a network, `hf download {name} --local-dir FOLDER`, then `ddil convert FOLDER`"
+                     ) from e
 
 
 def load(path) -> Loaded:
@@ -130,12 +153,18 @@ def load(path) -> Loaded:
   Raises:
     UsageError: absent, damaged, or another kind of file.
   """
-  arrays, about = files.load_arrays(path, "convert the folder again: `ddil convert FOLDER --out=FILE.safetensors`")
-  if not isinstance(about, dict) or about.get("kind") != KIND:
-    raise UsageError(f"{path} is no converted network; `ddil convert FOLDER --out=FILE.safetensors` makes one")
-  module, _ = _module(about["config"], path)
+  module, about = architecture(path)
+  arrays, _ = files.load_arrays(path, _AGAIN)
   _require(arrays, _shapes(module, path), path)
   return Loaded(module, flax.traverse_util.unflatten_dict(arrays, sep="/"), about)
+
+
+def architecture(path) -> tuple[nn.Module, dict]:
+  """The module of such a file and its `about`, without reading parameters. Raises UsageError as `load`."""
+  about = files.load_about(path, _AGAIN)
+  if not isinstance(about, dict) or about.get("kind") != KIND:
+    raise UsageError(f"{path} is no converted network; `ddil convert FOLDER --out=FILE.safetensors` makes one")
+  return _module(about["config"], path)[0], about
 
 
 def save(path, params: Params, about: dict) -> None:

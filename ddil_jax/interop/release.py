@@ -13,10 +13,13 @@ from ddil_jax.types import Params
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SAMPLERS = ("ddim", "lcm")
+# Processes with a table of 1000 steps -> diffusers' names for them.
+TABLES = {"stable_diffusion": dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+          "ddpm": dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")}
 
 
 class Sampling(NamedTuple):
-  """How the student was trained to be sampled, on Stable Diffusion's 1000 steps.
+  """How the student was trained to be sampled, on a table of 1000 steps.
 
   Attributes:
     sampler: "ddim" (PD): deterministic, times evenly spaced from the end; "lcm" (LCM, CD, DMD2): predict and renoise.
@@ -25,6 +28,9 @@ class Sampling(NamedTuple):
     timesteps: of a grid of one's own, as DMD2's 999, 749, 499, 249; () are the sampler's.
     guidance_scale: folded in, or read by the network where it has an embedding of it; u + g (c - u).
     zero_terminal_snr: the schedule ends in pure noise.
+    process: whose table it is, one of TABLES.
+    timestep_scaling: of LCM's boundary condition.
+    projected: x0 estimates were projected into the data's range on the way, which the card says.
   """
   sampler: str = "lcm"
   steps: int = 4
@@ -32,6 +38,9 @@ class Sampling(NamedTuple):
   timesteps: tuple[int, ...] = ()
   guidance_scale: float = 1.0
   zero_terminal_snr: bool = False
+  process: str = "stable_diffusion"
+  timestep_scaling: float = 10.0
+  projected: bool = False
 
 
 def scheduler_config(sampling: Sampling) -> dict[str, Any]:
@@ -41,13 +50,13 @@ def scheduler_config(sampling: Sampling) -> dict[str, Any]:
     UsageError: an unknown name, times that do not decrease, or that this scheduler cannot take.
   """
   _check(sampling)
-  common = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                beta_schedule="scaled_linear", trained_betas=None, prediction_type=PREDICTIONS[sampling.prediction],
-                clip_sample=False, thresholding=False, set_alpha_to_one=True, steps_offset=0,
-                rescale_betas_zero_snr=sampling.zero_terminal_snr)
+  common = dict(num_train_timesteps=1000, trained_betas=None, clip_sample=False, thresholding=False,
+                prediction_type=PREDICTIONS[sampling.prediction], set_alpha_to_one=True, steps_offset=0,
+                rescale_betas_zero_snr=sampling.zero_terminal_snr) | TABLES[sampling.process]
   if sampling.sampler == "ddim":
     return common | dict(_class_name="DDIMScheduler", timestep_spacing="trailing")
-  return common | dict(_class_name="LCMScheduler", original_inference_steps=50, timestep_scaling=10.0)
+  return common | dict(_class_name="LCMScheduler", original_inference_steps=50,
+                       timestep_scaling=sampling.timestep_scaling)
 
 
 def _check(sampling: Sampling) -> None:
@@ -97,6 +106,9 @@ def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = Non
   if sampling.sampler == "ddim" and 1000 % sampling.steps:
     lines += [f"{sampling.steps} does not divide 1000: a step of that scheduler does not end quite where the next one"
               " begins, so its images differ a little from those of the training code.", ""]
+  if sampling.projected:
+    lines += ["The training code also projects estimates of the image into the data's range while it samples; this"
+              " scheduler does not.", ""]
   for row in run.get("results", []):
     lines += [f"Metrics at {row.get('steps')} steps, guidance scale {row.get('guidance_scale')}:", "",
               "| metric | value |", "|---|---|", *(f"| {k} | {v:.6g} |" for k, v in row.get("metrics", {}).items()), ""]

@@ -128,7 +128,7 @@ def spoil(pipeline, tmp_path, refuse):  # noqa: F811
   return run
 
 
-def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path):  # noqa: F811
+def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path, monkeypatch):  # noqa: F811
   def tensors(**change):
     def apply(folder):
       found = tensors_of(folder) | change
@@ -165,6 +165,9 @@ def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path):  # noqa: F
 
   out = f"--out={tmp_path / 'out'}"
   assert "is no folder" in refuse("convert", tmp_path / "absent", out)
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+  line = refuse("convert", "someone/some-model", out)
+  assert "no folder someone/some-model is here" in line and "hf download someone/some-model --local-dir FOLDER" in line
   assert "has no vae/config.json; there are: unet" in refuse("convert", pipeline, "--component=vae", out)
   assert "the name of a folder" in refuse("convert", pipeline, "--component=../unet", out)
   assert "convert the folder again" in refuse("export", pipeline / "unet" / WEIGHTS, out)
