@@ -272,11 +272,14 @@ def _autoencoder(fields: Fields) -> nn.Module:
   levels = lambda widths, count: tuple(  # noqa: E731
       Level(w, (0,) * count, resample="conv" if i < n - 1 else "") for i, w in enumerate(widths))
   attends = fields.flag("mid_block_add_attention", True)
+  channels = fields.integer("in_channels", 3)
+  if fields.integer("out_channels", 3) != channels:
+    raise UsageError(f"out_channels={fields.get('out_channels')}: in_channels, {channels}, is expected")
   scaling = fields.number("scaling_factor", 0.18215)
   if not scaling > 0:
     raise UsageError(f"scaling_factor={scaling}: a positive number is expected")
   return AutoencoderKL(
-      fields.integer("in_channels", 3), fields.integer("latent_channels", 4), levels(widths, layers),
+      channels, fields.integer("latent_channels", 4), levels(widths, layers),
       levels(widths[::-1], layers + 1), Middle(1, 0, "self" if attends else ""), Style(groups, 1e-6, pad=0), scaling,
       fields.number("shift_factor", 0.0), fields.flag("use_quant_conv", True), fields.flag("use_post_quant_conv", True))
 

@@ -157,7 +157,7 @@ def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path, monkeypatch
       (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(files))
     return apply
 
-  for name in ("../unet/diffusion_pytorch_model.safetensors", "/etc/passwd", "a.bin", ".safetensors", "a\\b.safetensors"):
+  for name in (f"../unet/{WEIGHTS}", "/etc/passwd", "a.bin", ".safetensors", "a\\b.safetensors"):
     assert "safetensors files in the same folder are expected" in spoil(indexed(weight_map={"conv_in.bias": name}))
   assert "'weight_map'" in spoil(indexed(weight_map={"conv_in.bias": 3}))
   assert "no file" in spoil(indexed(weight_map={"conv_in.bias": "part-1.safetensors"}))

@@ -26,7 +26,7 @@ STEPS, SHAPE = 4, (2, 8, 8, 4)
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-  """(file of a student whose guidance embedding has learned something, its folder by `ddil export` for each sampler)."""
+  """Folder of teacher, student (`trained`; its guidance embedding has learned something), and the exports."""
   base = tmp_path_factory.mktemp("student")
   teacher = randomise(diffusers.UNet2DConditionModel(**SD15))
   teacher.save_pretrained(base / "teacher" / "unet", max_shard_size="10KB")

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +115,38 @@ def test_unet(name):
     assert np.abs(found["bottleneck"] - found["encoder"]).max() > 0.1
   elif name == "adm":
     assert set(shapes) == {"bottleneck", "encoder", "level0", "level1"} and shapes["level0"] == (8, 4, 4)
+
+
+XL = dict(sample_size=128, block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20),
+          cross_attention_dim=2048, use_linear_projection=True,
+          addition_embed_type="text_time", addition_time_embed_dim=256,
+          projection_class_embeddings_input_dim=2816, transformer_layers_per_block=(1, 2, 10),
+          down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+          up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+FULL = {
+    "sd21": ("UNet2DConditionModel", 865, dict(sample_size=96, cross_attention_dim=1024, use_linear_projection=True,
+                                               attention_head_dim=(5, 10, 20, 20), upcast_attention=True)),
+    "sdxl": ("UNet2DConditionModel", 2567, XL),
+    "ssd1b": ("UNet2DConditionModel", 1331, XL | dict(
+        mid_block_type="UNetMidBlock2D", transformer_layers_per_block=[1, [2, 2], [4, 4]],
+        reverse_transformer_layers_per_block=[[4, 4, 10], [2, 1, 1], 1])),
+    "autoencoder": ("AutoencoderKL", 83, dict(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, sample_size=512))}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_layouts_at_full_size(name):
+  """Names and shapes of all tensors; nothing is computed."""
+  kind, millions, config = FULL[name]
+  with torch.device("meta"):
+    model = getattr(diffusers, kind)(**config)
+  wanted = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+  module, rest = make(json.loads(model.to_json_string()))
+  template = weights.template(module, *module.example())
+  names, shapes = weights.names(template, weights.NUMBERED), flax.traverse_util.flatten_dict(template)
+  assert {names[path]: weights.torch_shape(leaf.shape, path) for path, leaf in shapes.items()} == wanted
+  assert sum(p.numel() for p in model.parameters()) // 1_000_000 == millions and not rest
 
 
 def test_net_fn():
