@@ -251,6 +251,10 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
     UsageError: a network that does not fit the data, the prediction or the guidance.
   """
   path = config.model.file
+  for field, default in (("remat", "none"), ("end_time_embedding", 0)):
+    if config.model.get(field, default) != default:
+      raise UsageError(f"config.model.{field}={config.model[field]}: a network of config.model.file has none; leave it"
+                       f" at {default}")
   module, _ = diffusers.architecture(path)
   if not isinstance(module, DiffusersUNet):
     raise UsageError(f"config.model.file={path} is no UNet")

@@ -65,6 +65,12 @@ def test_from_folder_to_folder(run, tmp_path, refuse):  # noqa: F811
   assert "is not an empty folder" in refuse("export", workdir, f"--out={out}")
 
 
+def test_options_of_our_own_network(run, refuse, tmp_path):  # noqa: F811
+  line = refuse("train", "--config=configs/digits_pd.py:smoke", f"--workdir={tmp_path / 'run'}",
+                f"--config.model.file={run[2]}", "--config.model.remat=blocks", *OPTIONS)
+  assert "config.model.remat=blocks: a network of config.model.file has none; leave it at none" in line
+
+
 @pytest.mark.parametrize("change, said", [
     (dict(in_channels=3, out_channels=3), "images of 1 and this prediction need 1 to 1"),
     (dict(num_class_embeds=5), "5 classes; the data has")])
