@@ -93,7 +93,8 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
 
 # (field, smallest value); those of `objective` where the method has them.
 _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1), ("train.max_bad_steps", 1),
-             ("train.fsdp", 1), ("train.min_shard", 0), ("train.microbatch", 0), ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
+             ("train.fsdp", 1), ("train.min_shard", 0), ("train.microbatch", 0), ("train.watchdog_seconds", 0),
+             ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
              ("model.channels", 1), ("model.num_res_blocks", 1), ("model.num_heads", 1),
              ("model.guidance_embedding", 0), ("model.end_time_embedding", 0), ("model.dropout", 0),
              ("teacher.guidance_embedding", 0), ("teacher.channels", 0),

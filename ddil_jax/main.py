@@ -3,10 +3,13 @@
 import argparse
 import os
 import sys
+import time
+import traceback
 
 from ddil_jax.errors import RunError, UsageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
+LEADER_WAITS = 3.0  # seconds for the other processes to say what they found: without process 0 they end
 
 EPILOG = """\
 examples:
@@ -45,7 +48,13 @@ def parser() -> argparse.ArgumentParser:
       sub.add_argument("--data_dir", metavar="DIR", help="where data sets are prepared (default: $DDIL_DATA or data/)")
     return sub
 
-  command("train", "train a run to its end, or continue it").set_defaults(needs_config=True)
+  train = command("train", "train a run to its end, or continue it")
+  several = train.add_argument_group("several processes", "each runs this command, on its own devices")
+  several.add_argument("--cluster", default="auto", metavar="HOW", help="how they find each other: slurm, kubernetes,"
+                       " tpu, none, or auto: what is there (default)")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+  several.add_argument("--num_processes", type=int, metavar="N")
+  several.add_argument("--process_id", type=int, metavar="I")
   evaluate = command("evaluate", "measure the newest checkpoint of a run again, and rewrite its results.json; or measure"
                      " images in files", workdir=False)
   evaluate.add_argument("--workdir", metavar="DIR", help="the run")
@@ -103,7 +112,6 @@ def parser() -> argparse.ArgumentParser:
                     " libtpu`), h100:8, cpu:8")
   plan.add_argument("--batch", type=int, default=0, help="over all chips (default: the config's)")
   plan.add_argument("--out", metavar="FILE.json", help="write the numbers to this file too")
-  plan.set_defaults(needs_config=True)
   command("list", "list configs, data sets and parts", config=False)
   return top
 
@@ -168,39 +176,52 @@ def _run(args, overrides) -> int:
 
   from ddil_jax import config as config_lib
   from ddil_jax import runs
-  from ddil_jax.training.loop import Stopped
   if args.command == "plan":
     return _plan(args, overrides)
   if args.command == "evaluate":
     overrides |= _shorthands(args)
     if args.images:
       return _evaluate_files(args, overrides)
+  if args.command == "train":
+    return _train(args, overrides)
   if args.config:
     config = config_lib.load(args.config, overrides)
-  elif getattr(args, "needs_config", False):
-    raise UsageError("train needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
   else:
     config = runs.saved_config(args.workdir)
     for field, text in overrides.items():
       config_lib.override(config, field, text)
   if args.data_dir:
     config_lib.override(config, "data.data_dir", args.data_dir)
+  if args.command == "sample":
+    print(f"wrote {runs.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
+  elif args.shift:
+    from ddil_jax.evaluation import shift_figures
+    print(shift_figures.table(runs.evaluate_shift(config, args.workdir)))
+  else:
+    from ddil_jax.evaluation import report
+    print(report.terminal_table(runs.evaluate(config, args.workdir)))
+  return 0
+
+
+def _train(args, overrides) -> int:
+  from ddil_jax import config as config_lib
+  from ddil_jax import runs
+  from ddil_jax.training import processes
+  from ddil_jax.training.loop import Stopped
+  if not args.config:
+    raise UsageError("train needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
+  cluster = processes.find(args.cluster, args.coordinator, args.num_processes, args.process_id)
+  if cluster:
+    processes.start(cluster)
+  if args.data_dir:
+    overrides["data.data_dir"] = args.data_dir
   try:
-    if args.command == "train":
-      rows = runs.train(config, args.workdir)
-    elif args.command == "evaluate" and args.shift:
-      from ddil_jax.evaluation import shift_figures
-      print(shift_figures.table(runs.evaluate_shift(config, args.workdir)))
-      return 0
-    elif args.command == "evaluate":
-      rows = runs.evaluate(config, args.workdir)
-    else:
-      print(f"wrote {runs.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
-      return 0
+    rows = runs.train(processes.together(lambda: config_lib.load(args.config, overrides)), args.workdir)
   except Stopped as stopped:
     return _fail(EXIT_STOPPED, stopped)
-  from ddil_jax.evaluation import report
-  print(report.terminal_table(rows))
+  if processes.is_first():
+    from ddil_jax.evaluation import report
+    print(report.terminal_table(rows))
   return 0
 
 
@@ -287,4 +308,24 @@ def _list() -> int:
 
 def run() -> None:
   """The console script."""
-  sys.exit(main())
+  code = EXIT_FAILED
+  try:
+    code = main()
+  finally:
+    if code in (EXIT_FAILED, EXIT_USAGE):
+      _leave(code)
+  sys.exit(code)
+
+
+def _leave(code: int) -> None:
+  """Ends one of several processes that failed at once: JAX would wait for the others, and they for this one."""
+  jax = sys.modules.get("jax")
+  if jax is None or not jax.distributed.is_initialized():
+    return
+  if sys.exc_info()[0] is not None:
+    traceback.print_exc()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if jax.process_index() == 0:
+    time.sleep(LEADER_WAITS)
+  os._exit(code)

@@ -28,7 +28,7 @@ from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, sampling
 from ddil_jax.interop import diffusers, release
 from ddil_jax.models import base as models
-from ddil_jax.training import checkpoint, loop, parallel
+from ddil_jax.training import checkpoint, loop, parallel, processes
 from ddil_jax.training import params as params_lib
 from ddil_jax.training import workdir as workdir_lib
 from ddil_jax.training import logging as log_lib
@@ -36,7 +36,8 @@ from ddil_jax.training.step import due_players, init_state, make_diagnose, make_
 
 # Fields that may differ when a run is resumed.
 MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep", "train.keep_best",
-              "train.parallel", "train.fsdp", "train.sharding", "train.min_shard", "train.microbatch", "model.remat",
+              "train.parallel", "train.fsdp", "train.sharding", "train.min_shard", "train.microbatch",
+              "train.watchdog_seconds", "model.remat",
               "eval", "data.data_dir", "data.manual_dir")
 _DIAGNOSE_BATCHES = 8  # over which the objective's own measurements are averaged
 
@@ -54,6 +55,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=pri
     UsageError, RunError, loop.Stopped.
   """
   workdir = pathlib.Path(workdir)
+  if not processes.is_first():
+    say = lambda line: None  # noqa: E731
+  plain = config_lib.to_dict(config)
+  plain["data"] |= {"data_dir": "", "manual_dir": ""}  # each machine may have its own
+  processes.require_agreement({"workdir": str(workdir), "code": processes.code_hash(), "versions": log_lib.versions(),
+                               "config": plain})
   if config.train.stages:
     return _train_stages(config, workdir, teacher, say)
   return _train_one(config, workdir, functools.partial(_fit_together, config, teacher, say), MAY_CHANGE, say)
@@ -62,18 +69,30 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=pri
 def _train_one(config, workdir, fit_together, may_change, say):
   # A new folder is claimed when all parts are known to fit: a mistake must not leave a config there
   # from which the corrected command then differs. An old one is compared first, since that is quick.
-  setup = None if (workdir / "config.json").exists() else fit_together()
+  several = processes.count() > 1
+  setup = fit_together() if several or not (workdir / "config.json").exists() else None
   with _claim(config, workdir, may_change, say):
     return _train(config, workdir, setup or fit_together(), say)
 
 
 def _claim(config, workdir, may_change, say):
-  claimed = workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=may_change,
-                                defaults=config_lib.to_dict(config_lib.defaults()))
+  def prepare():
+    return workdir_lib.prepare(workdir, config_lib.to_dict(config), log_lib.versions(), may_change=may_change,
+                               defaults=config_lib.to_dict(config_lib.defaults()))
+
+  claimed = processes.together(lambda: prepare() if processes.is_first() else None)
+  processes.together(lambda: _require_shared(workdir))
+  if not claimed:
+    return contextlib.nullcontext()
   if claimed.new_versions:
     changes = "; ".join(f"{name} {then} -> {now}" for name, (then, now) in claimed.new_versions.items())
     say(f"other versions than at the start of this run, results need not be the same to the bit: {changes}")
   return claimed
+
+
+def _require_shared(workdir) -> None:
+  if not (workdir / "config.json").exists():
+    raise UsageError(f"{workdir} is not the folder that process 0 writes to; all processes need the same file system")
 
 
 def _train_stages(config, workdir, teacher, say):
@@ -91,7 +110,8 @@ def _train_stages(config, workdir, teacher, say):
       name = f"stage_{stage.objective.num_steps}"
       stage_rows = _train_one(stage, workdir / name, fit_together, may_change, say)
       rows += [row | {"samples": f"{name}/{row['samples']}"} for row in stage_rows]
-    files.write_json(workdir / "results.json", rows)
+    if processes.is_first():
+      files.write_json(workdir / "results.json", rows)
   return rows
 
 
@@ -126,6 +146,18 @@ class _Setup(NamedTuple):
 
 def _fit_together(config, teacher, say) -> _Setup:
   """Everything that can find a mistake of the user, before anything is written."""
+  if processes.count() == 1:
+    return _fit(config, teacher, say)
+  # Process 0 prepares the data set where that is needed; the others find it.
+  processes.together(lambda: build_lib.load_data(config, "train") if processes.is_first() else None)
+  setup = processes.together(lambda: _fit(config, teacher, say))
+  data = setup.built.dataset
+  processes.require_agreement({"data": processes.array_hash(data.images, data.labels),
+                               "teacher": params_lib.hash_params(setup.teacher) if setup.teacher else ""})
+  return setup
+
+
+def _fit(config, teacher, say) -> _Setup:
   alike = config.copy_and_resolve_references().unlock()
   alike.seed, alike.teacher.path = 0, ""
   alike.data.data_dir = str(pathlib.Path(config.data.data_dir or pipeline.default_data_dir()).resolve())
@@ -133,7 +165,7 @@ def _fit_together(config, teacher, say) -> _Setup:
   say(pipeline.preflight(built.dataset)["summary"])
   teacher = load_teacher(config, built) if teacher is None else teacher
   batches = pipeline.batches(pipeline.subset(built.dataset, config.data.fraction), config.train.batch_size,
-                             config.seed, config.data.flip)
+                             config.seed, config.data.flip, jax.process_index(), processes.count())
   jax.eval_shape(built.objective.init, jax.random.key(config.seed), teacher)
   return _Setup(built, teacher, batches, runner)
 
@@ -174,46 +206,59 @@ def _train(config, workdir, setup, say):
       say(f"continuing from step {start} of {config.train.steps}")
     state = runner.create(*start_from) if state is None else runner.place(state)
     frozen = runner.place_frozen({"teacher": _stored(teacher, config.teacher.dtype)})
-    writer = stack.enter_context(log_lib.MetricWriter(workdir, start))
-    progress = stack.enter_context(log_lib.Progress(config.train.steps, workdir.name))
+    write, progress = _telling(config, workdir, start, stack)
     clock = _Clock(meta["seconds"])
 
     def log(step, metrics):
-      progress.update(step, **({"loss": metrics["student/loss"]} if "student/loss" in metrics else {}))
-      writer.write(step, metrics | {"steps_per_second": clock.rate(step)})
+      progress(step, **({"loss": metrics["student/loss"]} if "student/loss" in metrics else {}))
+      write(step, metrics | {"steps_per_second": clock.rate(step)})
 
     def save(step, state, metrics):
       weights = "params/student" if config.eval.ema == "raw" else f"ema/{config.eval.ema}"
       checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
-      rows = measure_lib.measure(config, built, student_params(state, config.eval.ema), teacher,
-                             workdir / "samples" / f"step_{step}", shift=False)
+      rows = measure_lib.measure(config, built, parallel.local(student_params(state, config.eval.ema)), teacher,
+                                 workdir / "samples" / f"step_{step}" if processes.is_first() else None, shift=False)
       metrics = rows[0]["metrics"]  # of the first sampler, the student as it was trained
-      writer.write(step, {f"eval/{k}": v for k, v in metrics.items()})
+      write(step, {f"eval/{k}": v for k, v in metrics.items()})
       return {name.partition("@")[0]: value for name, value in metrics.items()}
 
-    diagnose = _diagnose(config, built, teacher, batches, writer.write)
+    diagnose = _diagnose(config, built, teacher, frozen, batches, runner, write)
 
     def dump(step, state):
       path = workdir / f"dump-{step}.safetensors"
-      params_lib.save_params(path, state.params["student"], {"step": step})
+      student = parallel.local(state.params["student"])
+      if processes.is_first():
+        params_lib.save_params(path, student, {"step": step})
       return str(path)
 
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
-                             config.train.checkpoint_every, config.train.max_bad_steps, config.eval.diagnose_every)
+                             config.train.checkpoint_every, config.train.max_bad_steps, config.eval.diagnose_every,
+                             config.train.watchdog_seconds)
     clock.start(start)
     state = loop.run_loop(runner, functools.partial(due_players, built.objective), state, frozen, batches, root,
                           settings, loop.Hooks(log, save, evaluate_now, dump, diagnose))
     state = runner.fetch(state)
     seconds = clock.total()
-  return write_results(config, built, student_params(state, config.eval.ema), teacher, workdir, seconds)
+  return write_results(config, built, parallel.local(student_params(state, config.eval.ema)), teacher, workdir, seconds)
 
 
-def _diagnose(config, built, teacher, batches, write):
+def _telling(config, workdir, start, stack):
+  """(write, update progress) of process 0; the other processes are silent."""
+  if not processes.is_first():
+    return (lambda step, values: None), (lambda step, **values: None)
+  writer = stack.enter_context(log_lib.MetricWriter(workdir, start))
+  return writer.write, stack.enter_context(log_lib.Progress(config.train.steps, workdir.name)).update
+
+
+def _diagnose(config, built, teacher, frozen, batches, runner, write):
   """The hook that logs the drift of the covariate shift and what the objective measures of itself."""
   own = jax.jit(make_diagnose(built.objective, built.distribution, config.train.batch_size, config.states.rollout_params))
   key = keys_lib.named(jax.random.key(config.seed), "diagnose")  # other draws than those of the step
+  place_batch = runner.place_batch
+  if config.train.parallel == "pmap":  # the state comes in the plain layout
+    frozen, place_batch = {"teacher": teacher}, lambda batch: batch
 
   @functools.cache
   def probe():  # made when it is first needed: it walks the teacher
@@ -221,10 +266,10 @@ def _diagnose(config, built, teacher, batches, write):
 
   def diagnose(step, state):
     several = range(_DIAGNOSE_BATCHES if built.objective.diagnose else 0)
-    values = loop.summarise([own(state, {"teacher": teacher}, batches[step + i], jax.random.fold_in(key, i))
+    values = loop.summarise([own(state, frozen, place_batch(batches[step + i]), jax.random.fold_in(key, i))
                              for i in several])
     if config.eval.shift_samples and built.objective.teacher is not None:
-      values |= probe().drift(student_params(state, config.eval.ema))
+      values |= probe().drift(parallel.local(student_params(state, config.eval.ema)))
     if values:
       write(step, values)
 
@@ -293,8 +338,10 @@ def _load_student(path, average: str) -> checkpoint.Loaded:
 
 def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds: float) -> list[dict]:
   """Evaluates, and writes `results.json` and `samples/`."""
-  rows = measure_lib.measure(config, built, params, teacher, workdir / "samples", seconds=seconds)
-  files.write_json(workdir / "results.json", rows)
+  first = processes.is_first()
+  rows = measure_lib.measure(config, built, params, teacher, workdir / "samples" if first else None, seconds=seconds)
+  if first:
+    files.write_json(workdir / "results.json", rows)
   return rows
 
 

@@ -9,20 +9,26 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ddil_jax.errors import RunError
 from ddil_jax.training.parallel import Runner
 from ddil_jax.training.step import Mean, TrainState
+from ddil_jax.training.watchdog import watch
 
 
 class Settings(NamedTuple):
-  """How long, and how often; in steps. A period of 0 means only at the end, and never for `diagnose_every`."""
+  """How long, and how often; in steps. A period of 0 means only at the end, and never for `diagnose_every`.
+
+  Without a step for `watchdog_seconds` the process ends, see `watchdog.py`; 0 is never.
+  """
   steps: int
   log_every: int
   eval_every: int
   checkpoint_every: int
   max_bad_steps: int
   diagnose_every: int
+  watchdog_seconds: float = 0.0
 
 
 class Hooks(NamedTuple):
@@ -61,11 +67,12 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
   """
   pending: list[dict[str, Mean]] = []
   bad_check = min(settings.log_every, settings.max_bad_steps)
-  with _stop_requests() as stop:
+  with _stop_requests() as stop, watch(settings.watchdog_seconds) as dog:
     for step in range(int(runner.fetch(state).step), settings.steps):
       state, metrics = runner.step(state, frozen, runner.place_batch(batches[step]), root, due(step))
       pending.append(metrics)
       done = step + 1
+      dog.step_done(done)
       last = done == settings.steps
       if last or done % bad_check == 0:
         _check_finite(runner, state, done, settings.max_bad_steps, hooks)
@@ -73,15 +80,18 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
         hooks.log(done, summarise(pending))
         pending = []
       if settings.diagnose_every and done % settings.diagnose_every == 0:
-        hooks.diagnose(done, runner.fetch(state))
+        with dog.paused():
+          hooks.diagnose(done, runner.fetch(state))
       measured = {}
       if settings.eval_every and done % settings.eval_every == 0 and not last:
-        measured = hooks.evaluate(done, runner.fetch(state))
+        with dog.paused():
+          measured = hooks.evaluate(done, runner.fetch(state))
       save_now = settings.checkpoint_every and done % settings.checkpoint_every == 0
       # What was measured is saved: it may be the best.
-      if last or save_now or measured or stop.is_set():
+      stopping = stop(done)
+      if last or save_now or measured or stopping:
         hooks.save(done, runner.fetch(state), measured)
-      if stop.is_set() and not last:
+      if stopping and not last:
         raise Stopped(f"stopped at step {done} of {settings.steps}; the same command continues from there")
   return state
 
@@ -119,11 +129,18 @@ def _check_finite(runner, state, step, limit, hooks):
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-  """An event that SIGINT and SIGTERM set, so that a step is finished and saved; a second one ends at once."""
+def _stop_requests() -> Iterator[Callable[[int], bool]]:
+  """Whether to stop after a step, since SIGINT or SIGTERM came: it is finished and saved. A second one ends at once.
+
+  Of several processes JAX catches SIGTERM: whichever it reaches, all stop after the same step.
+  """
+  if jax.process_count() > 1:
+    with _passing_on_interrupts():
+      yield multihost_utils.reached_preemption_sync_point
+    return
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
-    yield event
+    yield lambda step: False
     return
 
   def request(number, frame):
@@ -134,9 +151,18 @@ def _stop_requests() -> Iterator[threading.Event]:
 
   old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
   try:
-    yield event
+    yield lambda step: event.is_set()
   finally:
     for number, handler in old.items():
       signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _passing_on_interrupts():
+  old = signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, old)
 
 

@@ -197,14 +197,19 @@ class _Places:
         jax.tree.map(lambda v: self.split if v.ndim else self.whole, state.dist), self.whole)
 
   def gather(self, tree):
-    """Parameters, whole where they are used; their gradient is summed to where they are kept."""
+    """Parameters, whole where they are used; their gradient is summed and split again."""
+    constrain = jax.lax.with_sharding_constraint
+
     @jax.custom_vjp
     def whole(tree):
-      return jax.lax.with_sharding_constraint(tree, self.whole)
+      return constrain(tree, self.whole)
 
-    # Of a plain constraint the gradient would be whole on every device before it is split.
-    whole.defvjp(lambda tree: (whole(tree), None),
-                 lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, self.params(gradient)),))
+    def back(_, gradient):
+      # Summed first (XLA makes a reduce-scatter of both): said to be split at once, the gradient of a matrix
+      # product makes the compiler split the activations along their features too, and move them.
+      return (constrain(constrain(gradient, self.whole), self.params(gradient)),)
+
+    whole.defvjp(lambda tree: (whole(tree), None), back)
     return whole(tree)
 
 

@@ -1,0 +1,127 @@
+"""Several processes of one run on this machine, and again after a failure: the smallest of the launchers.
+
+    python -m launch.local --processes=2 -- train --config=configs/digits_dmd2.py:ddil --workdir=runs/dmd2 \\
+        --config.train.parallel=mesh --config.teacher.path=runs/teacher
+
+Each process gets --coordinator, --num_processes and --process_id. If one of them dies the others cannot go
+on: they are ended, and with --restarts=N all are started again from the last checkpoint, up to N times.
+The exit code is that of `ddil train`: 0, 1 the run failed, 2 wrong usage, 130 stopped by a signal.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from ddil_jax import config as config_lib
+from ddil_jax import main as cli
+from ddil_jax.errors import UsageError
+
+GRACE = 60.0  # seconds in which a process that is asked to stop may finish its step and save
+SETTLED = (0, 2, 130)  # done, wrong usage, stopped: starting again would not help
+
+
+def commands(processes: int, port: int, arguments: list[str]) -> list[list[str]]:
+  """One command a process."""
+  return [[sys.executable, "-m", "ddil_jax", *arguments, f"--coordinator=localhost:{port}",
+           f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)]
+
+
+def checked_arguments(arguments: list[str]) -> list[str]:
+  """Arguments of `ddil train` that several processes can run. Raises UsageError."""
+  known, rest = cli.parser().parse_known_args(arguments)
+  if known.command != "train" or not known.config:
+    raise UsageError("`train --config=FILE.py[:ARG] --workdir=DIR ...` is needed after --")
+  mode = config_lib.load(known.config, cli.overrides_of(rest, "train")).train.parallel
+  if mode != "mesh":
+    raise UsageError(f"train.parallel is {mode}; several processes need --config.train.parallel=mesh")
+  return arguments
+
+
+def free_port() -> int:
+  """A port that nobody listens at now."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def environment(devices: int) -> dict[str, str]:
+  """Of a process; with `devices` > 0 it has that many virtual CPU devices."""
+  flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+  return dict(os.environ) | ({"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} if devices else {})
+
+
+def run(processes: int, devices: int, arguments: list[str], restarts: int = 0, grace: float = GRACE) -> int:
+  """Runs all processes to their end, and again where one failed.
+
+  Args:
+    devices: virtual CPU devices of each process; 0 leaves the devices alone.
+    restarts: how often to start again.
+    grace: seconds that the others get when one has ended badly.
+  """
+  for attempt in range(restarts + 1):
+    codes = _once(commands(processes, free_port(), arguments), environment(devices), grace)
+    code = next((c for c in codes if c), 0)
+    if not any(c not in SETTLED for c in codes) or attempt == restarts:
+      break
+    print(f"launch: exit codes {codes}; starting again ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)
+  return code if code in SETTLED else 1
+
+
+def _once(all_commands, env, grace) -> list[int]:
+  """The exit codes; SIGINT and SIGTERM are passed on once, and wait for the processes to save."""
+  started = [subprocess.Popen(command, env=env, start_new_session=True) for command in all_commands]
+
+  def forward(number, frame):
+    del number, frame
+    for process in started:
+      process.terminate()
+
+  old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    deadline = None
+    while any(process.poll() is None for process in started):
+      time.sleep(0.05)
+      if deadline is None and any(process.poll() not in (None, 0) for process in started):
+        deadline = time.monotonic() + grace
+      if deadline is not None and time.monotonic() > deadline:
+        for process in started:
+          process.kill()
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+    for process in started:
+      process.kill()
+      process.wait()
+  return [process.returncode for process in started]
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code."""
+  args = argparse.ArgumentParser(prog="launch.local", description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  args.add_argument("--processes", type=int, default=2)
+  args.add_argument("--devices", type=int, default=0, help="virtual CPU devices of each process; 0: the real ones")
+  args.add_argument("--restarts", type=int, default=0, help="starts after a failure")
+  args.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+  args.add_argument("arguments", nargs="+", metavar="-- train ...", help="of `python -m ddil_jax`")
+  found = args.parse_args(argv)
+  try:
+    if found.processes < 1 or found.devices < 0 or found.restarts < 0:
+      raise UsageError("--processes of at least 1, --devices and --restarts of at least 0 are needed")
+    arguments = checked_arguments(found.arguments)
+    if found.dry_run:
+      print("\n".join(map(shlex.join, commands(found.processes, free_port(), arguments))))
+      return 0
+    return run(found.processes, found.devices, arguments, found.restarts)
+  except UsageError as error:
+    print(f"launch.local: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,91 @@
+"""One run as a SLURM job: a process for each GPU, on one or more nodes; a preempted job is queued again and continues.
+
+    python -m launch.slurm --nodes=2 --gpus=8 --time=24:00:00 --out=run.sh -- train \\
+        --config=configs/cifar10_dmd2.py:ddil --workdir=runs/dmd2 --config.teacher.path=runs/teacher
+    sbatch run.sh
+
+The processes find each other by what SLURM sets. Before it ends a job SLURM sends SIGTERM: the run finishes its
+step, saves, and ends with 130; any other end than success, a stop and wrong usage is queued again too.
+"""
+
+import argparse
+import pathlib
+import re
+import shlex
+import sys
+
+from ddil_jax import files
+from ddil_jax.errors import UsageError
+from launch.local import checked_arguments
+
+SECONDS_TO_SAVE = 120
+
+
+def script(arguments: list[str], nodes: int, gpus: int, time: str, name: str = "ddil", log: str = "%x-%j.txt") -> str:
+  """The batch script.
+
+  Args:
+    arguments: of `python -m ddil_jax`, beginning with "train".
+    nodes, gpus: how many nodes, and GPUs of each.
+    time: limit as SLURM has it, "24:00:00" or "2-00:00:00".
+    name: of the job.
+    log: file of the output; SLURM fills in %x and %j.
+
+  Raises:
+    UsageError: a value that SLURM would not take.
+  """
+  if nodes < 1 or gpus < 1:
+    raise UsageError(f"--nodes={nodes} --gpus={gpus}: at least 1 of each is needed")
+  if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", time):
+    raise UsageError(f"--time={time}: a limit such as 24:00:00 or 2-00:00:00 is needed")
+  if not re.fullmatch(r"[\w.-]+", name):
+    raise UsageError(f"--name={name}: letters, digits, '.', '_' and '-' only")
+  command = shlex.join(["python", "-m", "ddil_jax", *checked_arguments(arguments)])
+  return f"""#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node={gpus}
+#SBATCH --gpus-per-node={gpus}
+#SBATCH --time={time}
+#SBATCH --requeue
+#SBATCH --signal=TERM@{SECONDS_TO_SAVE}
+#SBATCH --open-mode=append
+#SBATCH --output={shlex.quote(log)}
+set -uo pipefail
+# A process that dies takes the others with it: they could not go on.
+srun --kill-on-bad-exit=1 {command}
+code=$?
+case $code in
+  0|2) exit $code ;;
+  *) scontrol requeue "$SLURM_JOB_ID" ;;
+esac
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Returns the exit code."""
+  args = argparse.ArgumentParser(prog="launch.slurm", description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  args.add_argument("--nodes", type=int, default=1)
+  args.add_argument("--gpus", type=int, default=1, help="of each node; a process for each")
+  args.add_argument("--time", default="24:00:00", help="limit of the job")
+  args.add_argument("--name", default="ddil")
+  args.add_argument("--out", default="run.sh", metavar="FILE.sh")
+  args.add_argument("--dry_run", action="store_true", help="print the script, write nothing")
+  args.add_argument("arguments", nargs="+", metavar="-- train ...", help="of `python -m ddil_jax`")
+  found = args.parse_args(argv)
+  try:
+    text = script(found.arguments, found.nodes, found.gpus, found.time, found.name)
+    if found.dry_run:
+      print(text, end="")
+      return 0
+    files.write_bytes(pathlib.Path(found.out), text.encode())
+  except UsageError as error:
+    print(f"launch.slurm: {error}", file=sys.stderr)
+    return 2
+  print(f"wrote {found.out}; start it with: sbatch {shlex.quote(found.out)}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,142 @@
+"""Two processes with two devices each train one run: like one process, and through the death of one of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ddil_jax.main import main
+from ddil_jax.training import checkpoint
+from ddil_jax.training import logging as log_lib
+from launch import local
+from tests.running import ROOT, SHORT, shared, trained  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.xdist_group("processes")
+# Two players and a replay buffer; SGD, since Adam would make much of a gradient that is rounding only.
+RUN = ("train", "--config=configs/digits_dmd2.py:smoke", "--config.objective.period=1", "--config.objective.num_steps=2",
+       "--config.states.refresh_every=2", "--config.teacher.dtype=bfloat16", "--config.model.channel_mult=(1,)",
+       "--config.model.channels=4", "--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.05",
+       "--config.optimizer.critic_learning_rate=0.05", "--config.train.checkpoint_every=5", "--config.train.steps=7",
+       *SHORT)
+SPLIT = ("--config.train.parallel=mesh", "--config.train.fsdp=2", "--config.train.min_shard=0")
+# Dies when it has done step 7, the last, and the checkpoint of step 5 is complete.
+DIES = """
+import os, pathlib, signal, sys, time
+from ddil_jax.main import main
+from ddil_jax.training import loop
+
+summarise, done = loop.summarise, []
+
+def summarise_and_die(window):
+  done.append(1)
+  if len(done) == 7:
+    while not pathlib.Path(sys.argv[1], "checkpoints", "5", "record.json").exists():
+      time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+  return summarise(window)
+
+loop.summarise = summarise_and_die
+main(sys.argv[2:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def compile_cheaply(monkeypatch):
+  """The processes compile the same programs, each for itself, and run them a few times."""
+  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+  monkeypatch.chdir(ROOT)
+
+
+def commands(workdir, *arguments):
+  return local.commands(2, local.free_port(), [*arguments, f"--workdir={workdir}"])
+
+
+def assert_close(a, b):
+  for (path, x), y in zip(jax.tree_util.tree_flatten_with_path(a)[0], jax.tree.leaves(b), strict=True):
+    np.testing.assert_allclose(np.asarray(x, float), np.asarray(y, float), rtol=0, atol=1e-6,
+                               err_msg=jax.tree_util.keystr(path))
+
+
+def test_one_of_two_is_killed(tmp_path, trained, capfd):  # noqa: F811
+  """kill -9 of process 1 at step 7: up to there both did what one process does, and one process goes on from step 5.
+
+  With everything split that can be, and a teacher in bfloat16.
+  """
+  both = commands(tmp_path / "two", *RUN, *SPLIT)
+  both[1] = [sys.executable, "-c", DIES, str(tmp_path / "two"), *both[1][3:]]
+  codes = local._once(both, local.environment(2), grace=5)
+  said = capfd.readouterr()
+  assert codes[1] == -signal.SIGKILL and codes[0] not in local.SETTLED
+  assert "batch 8 = 4 device(s) x 1 pass(es) x 2; mesh of data 2 x fsdp 2" in said.out
+  assert "Involuntary full rematerialization" not in said.err  # the compiler found a way for every array
+  assert not (tmp_path / "two" / "results.json").exists()
+  split = log_lib.read_metrics(tmp_path / "two" / "metrics.jsonl")
+  assert [line["step"] for line in split][:6] == [1, 2, 3, 4, 5, 6]
+
+  assert main([*RUN, f"--workdir={tmp_path / 'one'}"]) == 0
+  whole = log_lib.read_metrics(tmp_path / "one" / "metrics.jsonl")
+  for line, other in zip(split, whole):
+    assert line.keys() == other.keys()
+    for name in other.keys() - {"time", "steps_per_second"}:
+      assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+  after_five = []
+  for name in ("two", "one"):
+    with checkpoint.Checkpoints(tmp_path / name / "checkpoints", read_only=True) as checkpoints:
+      state, _, step = checkpoints.restore(trained[0], 5)  # saved by two processes, read by one
+    after_five.append(state)
+    assert step == int(state.step) == 5 and int(state.dist.pushed) == 6  # two states a walk, at the steps 0, 2 and 4
+  assert_close(*after_five)
+
+  assert main([*RUN, f"--workdir={tmp_path / 'two'}"]) == 0
+  assert "continuing from step 5 of 7" in capfd.readouterr().out
+  assert_close(trained[1], trained[0])
+  results = [json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("two", "one")]
+  assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], abs=1e-4)
+
+
+def test_the_launcher_ends_and_starts_again(tmp_path, monkeypatch, capfd):
+  """When one process dies the other is ended, and both are started again as often as was said."""
+  first = f"import os, sys, time; new = not os.path.exists({str(tmp_path / 'seen')!r}); time.sleep(0.3);"
+  dies = first + f"open({str(tmp_path / 'seen')!r}, 'w').close(); sys.exit(1 if new else 0)"
+  waits = first + "time.sleep(60 if new else 0)"
+  monkeypatch.setattr(local, "commands", lambda *arguments: [[sys.executable, "-c", code] for code in (waits, dies)])
+  assert local.run(2, 0, [], restarts=0, grace=0.2) == 1
+  (tmp_path / "seen").unlink()
+  assert local.run(2, 0, [], restarts=3, grace=0.2) == 0
+  assert capfd.readouterr().err.count("starting again") == 1
+
+
+def test_sigterm_to_one_of_two(tmp_path):
+  """Both finish the same step, save it, and end with 130."""
+  command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--", "train",
+             "--config=configs/digits_teacher.py:smoke", "--config.model.channel_mult=(1,)", "--config.model.channels=4",
+             *SPLIT, "--config.train.steps=1000000", *SHORT, f"--workdir={tmp_path}"]
+  launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  try:
+    metrics = tmp_path / "metrics.jsonl"
+    while launcher.poll() is None and not (metrics.exists() and log_lib.read_metrics(metrics)):
+      time.sleep(0.05)
+    os.kill(int((tmp_path / ".lock").read_text()), signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=120)
+  finally:
+    launcher.kill()
+  assert launcher.returncode == 130, said
+  steps = log_lib.read_metrics(metrics)[-1]["step"]
+  assert said.count(f"stopped at step {steps} of 1000000; the same command continues") == 2
+  assert checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps()[-1] == steps
+
+
+def test_processes_that_do_not_agree(tmp_path, capfd):
+  """Another config in one of them: both say so at the start, and nothing is written."""
+  both = commands(tmp_path / "run", *RUN, *SPLIT)
+  both[1].append("--config.optimizer.learning_rate=0.01")
+  assert local._once(both, local.environment(2), grace=60) == [2, 2]
+  line = "the processes do not agree: config.optimizer.learning_rate is 0.05 in process 0, 0.01 in process 1"
+  assert capfd.readouterr().err.count(line) == 2
+  assert not (tmp_path / "run").exists()
