@@ -1,7 +1,7 @@
 """One run as an indexed Kubernetes Job: a pod for each process, and a headless Service by which they find the first.
 
     python -m launch.k8s --name=dmd2 --image=IMAGE --claim=CLAIM --pods=4 --gpus=8 --out=run.json -- train \\
-        --config=configs/cifar10_dmd2.py:ddil --workdir=/data/runs/dmd2 --config.teacher.path=/data/runs/teacher
+        --config=configs/cifar10_dmd2.py:ddil --workdir=/data/runs/dmd2 --config.train.parallel=mesh
     kubectl apply -f run.json
 
 The manifest is JSON, which kubectl takes as it takes YAML. When a pod fails the others end too, since they cannot go on

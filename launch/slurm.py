@@ -1,7 +1,7 @@
 """One run as a SLURM job: a process for each GPU, on one or more nodes; a preempted job is queued again and continues.
 
     python -m launch.slurm --nodes=2 --gpus=8 --time=24:00:00 --out=run.sh -- train \\
-        --config=configs/cifar10_dmd2.py:ddil --workdir=runs/dmd2 --config.teacher.path=runs/teacher
+        --config=configs/cifar10_dmd2.py:ddil --workdir=runs/dmd2 --config.train.parallel=mesh --config.teacher.path=runs/teacher
     sbatch run.sh
 
 The processes find each other by what SLURM sets. Before it ends a job SLURM sends SIGTERM: the run finishes its
