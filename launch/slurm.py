@@ -1,11 +1,12 @@
 """One run as a SLURM job: a process for each GPU, on one or more nodes; a preempted job is queued again and continues.
 
     python -m launch.slurm --nodes=2 --gpus=8 --time=24:00:00 --out=run.sh -- train \\
-        --config=configs/cifar10_dmd2.py:ddil --workdir=runs/dmd2 --config.train.parallel=mesh --config.teacher.path=runs/teacher
+        --config=configs/cifar10_dmd2.py:ddil --workdir=runs/dmd2 --config.teacher.path=runs/teacher \\
+        --config.train.parallel=mesh
     sbatch run.sh
 
-The processes find each other by what SLURM sets. Before it ends a job SLURM sends SIGTERM: the run finishes its
-step, saves, and ends with 130; any other end than success, a stop and wrong usage is queued again too.
+The processes find each other by what SLURM sets. Two minutes before a job's time is over SLURM sends SIGTERM: the
+run finishes its step, saves, and ends with 130. However it ends it is queued again, unless it is done or wrong usage.
 """
 
 import argparse
