@@ -39,5 +39,6 @@ def uniform(keys: Array, low: float = 0.0, high: float = 1.0) -> Array:
 
 
 def randint(keys: Array, low: int | Array, high: int | Array) -> Array:
-  """Uniform int32 [B] in {low, ..., high - 1}."""
-  return jax.vmap(lambda k: jax.random.randint(k, (), low, high))(keys)
+  """Uniform int32 [B] in {low, ..., high - 1}; low and high are scalars or [B]."""
+  axes = (0, *(0 if jnp.ndim(bound) else None for bound in (low, high)))
+  return jax.vmap(lambda k, a, b: jax.random.randint(k, (), a, b), axes)(keys, low, high)

@@ -27,8 +27,8 @@ def sources(parts, objective, teacher_steps=16):
     both = lambda ctx: solvers.mixed(student(ctx), teacher(ctx), 0.5, ctx.key)  # noqa: E731
     out["teacher"] = rollout_source("teacher", p, teacher, parts.make_grid(teacher_steps), objective.grid, draw,
                                     condition)
-    out["pairs"] = pairs(p, teacher, parts.make_grid(teacher_steps), draw, condition, objective.prior_first)
     out["dagger"] = rollout_source("dagger", p, both, objective.sampler_grid, objective.grid, draw, condition)
+    out["pairs"] = pairs(p, teacher, parts.make_grid(teacher_steps), draw, condition, objective.prior_first)
   return out
 
 

@@ -20,13 +20,15 @@ def toy_init(key, width=8, channels=2):
 
 
 def toy_net(params, x, t, cond, keys=None, features=()):
-  """tanh MLP on each pixel, with time, class and guidance scale."""
+  """tanh MLP on each pixel, with time, class, guidance scale and the end of a jump."""
   del keys
   bias = (t / 1000)[:, None] * params["time"][None]
   if "label" in cond:
     bias = bias + params["label"][cond["label"]]
   if "guidance_scale" in cond:
     bias = bias + 0.01 * cond["guidance_scale"][:, None] * params["time"][None]
+  if "end_time" in cond:
+    bias = bias + 0.1 * (cond["end_time"] / 1000)[:, None] * params["time"][None]
   hidden = jnp.tanh(x @ params["W1"] + bias[:, None, None, :])
   out = hidden @ params["W2"]
   return (out, {name: hidden for name in features}) if features else out

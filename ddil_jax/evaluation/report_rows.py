@@ -18,7 +18,7 @@ OBJECTIVES = ("teacher", "pd", "cd", "lcm", "dmd2")  # in the order of the table
 FILES = ("results.json", "metrics.jsonl", "config.json")
 TRIALS, FAILED = "sweep.json", "failed.json"  # of a sweep: what it runs; why a trial ended
 # The states on which a base method trains; the others' are forward states.
-_OWN_SOURCE = {"dmd2": "student"}
+_OWN_SOURCE = {"dmd2": "student", "rf": "pairs"}
 
 
 class Row(NamedTuple):
