@@ -1,0 +1,31 @@
+r"""Guided distillation on digits, stage one: a student that is told the guidance scale.
+
+Stage two is progressive distillation of its student: `configs/digits_pd.py` with objective.guidance_range, and the
+embedding of the scale in teacher and student.
+
+    python -m ddil_jax train --config=configs/digits_guided.py:ddil --workdir=runs/guided \
+        --config.teacher.path=runs/digits_teacher
+"""
+
+from configs import common
+from configs.digits_teacher import digits
+from ml_collections import ConfigDict
+
+from ddil_jax.sweep import product
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  config = digits(common.common())
+  config.objective = ConfigDict(dict(name="guided", num_scales=32, sampler_steps=8, guidance_range=(1.0, 5.0),
+                                     weight="v_mse", weight_cap=1e4))
+  config.model.guidance_embedding = 32
+  config.teacher.guidance_scale = 3.0  # at which it is evaluated
+  config.optimizer.update(name="adam", learning_rate=5e-4)
+  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.update(ema="0.99", sampler_steps=(4,))
+  return common.apply(config, arg)
+
+
+def sweep() -> list[dict]:
+  """Base, DDIL, reflected and both, three seeds."""
+  return product({"arg": common.VARIANTS, "seed": range(3)})
