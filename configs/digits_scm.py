@@ -1,0 +1,26 @@
+r"""sCM on digits: continuous-time consistency along the teacher's flow.
+
+    python -m ddil_jax train --config=configs/digits_scm.py:ddil --workdir=runs/scm \
+        --config.teacher.path=runs/digits_teacher
+"""
+
+from configs import common
+from configs.digits_teacher import digits
+from ml_collections import ConfigDict
+
+from ddil_jax.sweep import product
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  config = digits(common.common())
+  config.objective = ConfigDict(dict(name="scm", num_scales=32, sampler_steps=4, from_data=False, warmup_steps=100,
+                                     constant=0.1, sigma_data=0.5))
+  config.optimizer.update(name="radam", learning_rate=5e-4)
+  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  return common.apply(config, arg)
+
+
+def sweep() -> list[dict]:
+  """Base, DDIL, reflected and both, three seeds."""
+  return product({"arg": common.VARIANTS, "seed": range(3)})
