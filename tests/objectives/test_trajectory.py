@@ -1,0 +1,237 @@
+"""Trajectory methods: what they reduce to, and closed forms on Gaussian data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddil_jax import keys as keys_lib
+from ddil_jax.diffusion import distance, process, solvers, weighting
+from ddil_jax.diffusion.process import add_noise, expand, velocity_from_x0
+from ddil_jax.errors import UsageError
+from ddil_jax.models import exact
+from ddil_jax.objectives import cd, ctm, ect, guided, lcm, meanflow, pd, regression, scm, scott, slam, tcm, tract
+from ddil_jax.objectives.base import View, bind
+from ddil_jax.states.base import States
+from tests import toys
+
+MEAN, STD = 0.1, 0.5
+TIMES = jnp.array([0.35, 0.6, 0.85])
+
+
+@pytest.fixture(scope="module")
+def setting():
+  """Flow process, exact teacher of N(MEAN, STD^2), toy denoiser, noisy data at TIMES."""
+  p = process.flow()
+  rng = np.random.default_rng(0)
+  x0, eps = (jnp.asarray(rng.standard_normal((3,) + toys.IMAGE), jnp.float32) for _ in range(2))
+  x0 = MEAN + STD * x0
+  gaussian = exact.gaussian(p, MEAN, STD)
+  parts = toys.toy_parts(p)
+  toy = lambda seed: bind(parts.student, toys.toy_init(jax.random.key(seed)))  # noqa: E731
+  return p, bind(gaussian, gaussian.params), toy, x0, eps, add_noise(p, x0, eps, TIMES)
+
+
+def to_zero(p, x, t, s=0.0):
+  return exact.gaussian_flow(p, MEAN, STD, x, t, jnp.full_like(t, s))
+
+
+def test_tract_of_two_steps_with_the_teacher_as_self_teacher_is_pd(setting):
+  p, _, toy, _, _, x_t = setting
+  teacher, mid, end = toy(1), TIMES - 0.1, TIMES - 0.2
+  ours = tract.tract_target(p, teacher, teacher, x_t, TIMES, mid, end, {})[0]
+  np.testing.assert_allclose(ours, pd.x_target(p, teacher, x_t, TIMES, mid, end, {})[0], atol=2e-5)
+
+
+def test_tract_loss_is_zero_for_the_exact_jump(setting):
+  """The self-teacher and the student jump as the flow does, the teacher's small step by the exact flow too."""
+  p, _, _, _, _, x_t = setting
+  end = jnp.full_like(TIMES, 0.1)
+  # The x0 with which DDIM makes the exact step to a time.
+  label = lambda s: lambda x, t, cond: pd.invert_ddim(p, x, exact.gaussian_flow(p, MEAN, STD, x, t, s), t, s)  # noqa: E731
+  loss = tract.tract_loss(p, label(end), label(TIMES - 0.05), label(end), x_t, TIMES, TIMES - 0.05, end, {},
+                          weighting.make("constant"))
+  np.testing.assert_allclose(loss, 0, atol=1e-9)
+
+
+def test_debiased_average():
+  """All updates so far with weights m^(n - i), normalised."""
+  values, average = [1.0, 3.0, -2.0, 5.0], 100.0
+  for n, value in enumerate(values):
+    decay = tract.debiased(0.5)(n)
+    average = decay * average + (1 - decay) * value
+  weights = 0.5 ** np.arange(3, -1, -1)
+  assert average == pytest.approx(np.dot(weights, values) / weights.sum())
+
+
+def test_slam_at_gamma_one_is_lcm(setting):
+  p, _, _, _, _, x_t = setting
+  net = toys.toy_parts(p).student
+  student, other = toys.toy_init(jax.random.key(1)), toys.toy_init(jax.random.key(2))
+  teacher, s, cond = bind(net, toys.toy_init(jax.random.key(3))), TIMES - 0.1, {"guidance_scale": jnp.ones(3)}
+  f, metric = lcm.consistency_function(net), distance.make("pseudo_huber")
+  expected, _ = cd.consistency_loss(p, bind(f, student), bind(f, other), teacher, solvers.ddim(), x_t, TIMES, s, cond,
+                                    metric)
+  found, _ = slam.slam_loss(p, bind(net, student), bind(f, other), teacher, x_t, TIMES, s, jnp.ones(3), cond, metric)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_slam_noise_scale_by_simulation():
+  """If z_t is a Markov step from z_s, the point between them is alpha_t x0 plus noise of scale sigma_gamma."""
+  p, n = process.cosine(), 200_000
+  t, s, gamma = jnp.array([0.6]), jnp.array([0.5]), jnp.array([0.3])
+  e1, e2 = jax.random.normal(jax.random.key(0), (2, 1, n, 1))
+  z_s = expand(p.sigma(s), e1) * e1
+  ratio = p.alpha(t) / p.alpha(s)
+  z_t = expand(ratio, e1) * z_s + expand(jnp.sqrt(p.sigma(t) ** 2 - (ratio * p.sigma(s)) ** 2), e1) * e2
+  z, sigma = slam.sub_path(p, z_t, z_s, t, s, gamma)
+  assert float(jnp.std(z)) == pytest.approx(float(sigma[0]), rel=0.01)
+
+
+def test_ctm_jump_of_the_exact_flow_is_a_semigroup(setting):
+  """With the exact x0 of each jump, G(G(x, t, u), u, s) = G(x, t, s), G(x, t, t) = x, and the CTM loss is 0."""
+  p, teacher, _, _, _, x_t = setting
+
+  def g(x, t, cond):
+    s = cond["end_time"]
+    safe = jnp.where(s < t, s, 0.5 * t)
+    exact_jump = pd.invert_ddim(p, x, exact.gaussian_flow(p, MEAN, STD, x, t, safe), t, safe)
+    return jnp.where(expand(s < t, x), exact_jump, teacher(x, t, {}))
+
+  u, s, end = 0.7 * TIMES, 0.3 * TIMES, jnp.zeros(3)
+  direct = ctm.jump(p, g, x_t, TIMES, s, {})
+  np.testing.assert_allclose(direct, ctm.jump(p, g, ctm.jump(p, g, x_t, TIMES, u, {}), u, s, {}), atol=1e-5)
+  np.testing.assert_array_equal(ctm.jump(p, g, x_t, TIMES, TIMES, {}), x_t)
+  x_u = exact.gaussian_flow(p, MEAN, STD, x_t, TIMES, u)
+  loss, _ = ctm.ctm_loss(p, g, g, g, x_t, x_u, TIMES, u, s, end, {}, distance.make("l2"))
+  np.testing.assert_allclose(loss, 0, atol=1e-10)
+
+
+def test_ctm_advances_each_example_by_its_own_count(setting):
+  p, teacher, _, _, _, x_t = setting
+  grid, policy = jnp.linspace(1, 0, 9), solvers.ddim()(p, teacher)
+  k, count = jnp.array([2, 2, 5]), jnp.array([0, 2, 3])
+  found = ctm.advance(policy, x_t, grid, k, count, 3, {})
+  for b in range(3):
+    x = x_t[b:b + 1]
+    for i in range(int(count[b])):
+      x, _ = policy.step((), x, grid[k[b] + i][None], grid[k[b] + i + 1][None], {}, None)
+    np.testing.assert_allclose(found[b], x[0], atol=1e-6)
+
+
+def test_ect_at_ratio_zero_regresses_on_the_image(setting):
+  p, _, toy, x0, _, x_t = setting
+  r = ect.nearer_time(TIMES, 0.0, 0.0)
+  np.testing.assert_array_equal(r, 0)
+  _, found = ect.ect_loss(p, toy(1), toy(1), lambda x, t, cond: x0, x_t, TIMES, r, {}, ect.PAIR_WEIGHTS["default"], 0.0)
+  np.testing.assert_allclose(found["x_r"], x0, atol=1e-6)
+  np.testing.assert_array_equal(ect.stage_ratio(jnp.array([0, 1, 20])), jnp.array([0.5, 0.75, 0.999]))
+
+
+def exact_average_velocity(p):
+  """(x_t, t, r, cond) -> (y_t - y_r) / (t - r) of the exact flow, and the velocity itself at r = t."""
+  teacher = exact.gaussian(p, MEAN, STD)
+
+  def velocity(x, t, r, cond):
+    del cond
+    gap = expand(jnp.where(r < t, t - r, 1), x)
+    average = (x - exact.gaussian_flow(p, MEAN, STD, x, t, r)) / gap
+    return jnp.where(expand(r < t, x), average, velocity_from_x0(p, x, teacher(teacher.params, x, t, {}), t))
+
+  return velocity
+
+
+def test_meanflow_loss_is_zero_for_the_exact_average_velocity(setting):
+  p, teacher, _, _, _, x_t = setting
+  v = velocity_from_x0(p, x_t, teacher(x_t, TIMES, {}), TIMES)
+  for r in (0.4 * TIMES, TIMES):
+    _, found = meanflow.meanflow_loss(p, exact_average_velocity(p), x_t, TIMES, r, {}, v)
+    np.testing.assert_allclose(found["u"], found["target"], atol=2e-5)
+
+
+def test_scm_tangent_vanishes_for_the_exact_consistency_function(setting):
+  p, teacher, _, _, _, x_t = setting
+  x_hat = scm.to_trig(p, x_t, TIMES)
+  slope = 0.5 * scm.trig_output(p, teacher, x_hat, TIMES, {})
+  consistency = lambda x, t, cond: to_zero(p, x, t)  # noqa: E731
+  _, found = scm.scm_loss(p, consistency, x_t, TIMES, slope, {}, 1.0)
+  assert float(found["norm"].max()) < 1e-4
+  _, wrong = scm.scm_loss(p, teacher, x_t, TIMES, slope, {}, 1.0)
+  assert float(wrong["norm"].min()) > 0.05
+
+
+def test_scott_without_noise_in_one_step_is_cd(setting):
+  p, _, toy, _, _, x_t = setting
+  s, keys = TIMES - 0.1, keys_lib.per_example(jax.random.key(0), jnp.arange(3))
+  teacher = toy(1)
+  found = scott.stochastic_steps(p, teacher, x_t, TIMES, s, {}, keys, 1, 0.0)
+  np.testing.assert_allclose(found, solvers.ddim_step(p, x_t, teacher(x_t, TIMES, {}), TIMES, s), atol=1e-6)
+
+
+def test_scott_full_noise_has_the_posterior_moments():
+  p, x0 = process.cosine(), jnp.full((1, 400, 400, 1), 0.3)
+  t, s, keys = jnp.array([0.6]), jnp.array([0.45]), keys_lib.per_example(jax.random.key(0), jnp.arange(1))
+  x_t = jnp.full_like(x0, 0.7)
+  mean, log_var = solvers.posterior(p, x_t, x0, t, s)
+  found = scott.stochastic_steps(p, lambda x, t, cond: x0, x_t, t, s, {}, keys, 1, 1.0)
+  assert float(found.mean()) == pytest.approx(float(mean.mean()), abs=0.005)
+  assert float(found.std()) == pytest.approx(float(jnp.exp(0.5 * log_var).mean()), rel=0.01)
+
+
+def test_regression_labels_are_the_ends_of_the_teachers_walk(setting):
+  """They go to the exact flow's end, and every student that gives them has no loss."""
+  p, teacher, _, _, _, x_t = setting
+  label = regression.end_point(p, teacher, x_t, TIMES, 0.0, {}, 200)
+  np.testing.assert_allclose(label, to_zero(p, x_t, TIMES), atol=0.01)
+  np.testing.assert_array_equal(regression.regression_loss(lambda x, t, cond: label, x_t, TIMES, label, {}), 0)
+
+
+def guided_setting(scale):
+  """Stage one on states with a given scale: the loss of a student that reads it and guides as the teacher does."""
+  parts = toys.toy_parts(process.flow())
+  net = parts.teacher
+  itself = lambda params, x, t, cond, keys=None, features=(): parts.guidance(None)(bind(net, params))(x, t, cond)  # noqa: E731
+  conditional = lambda params, x, t, cond, keys=None, features=(): net(  # noqa: E731
+      params, x, t, {"label": cond["label"]})
+  teacher, batch = toys.toy_init(jax.random.key(7)), toys.toy_batch(3)
+  x_t = jnp.asarray(batch["image"])
+  cond = {"label": jnp.asarray(batch["label"]), "guidance_scale": jnp.full(3, scale)}
+  states = States(x_t, TIMES, jnp.zeros(3, jnp.int32), cond, jnp.zeros(3, jnp.int32), x_t)
+  view = View({}, {}, teacher, jnp.zeros((), jnp.int32))
+  keys = keys_lib.per_example(jax.random.key(0), jnp.arange(3))
+
+  def loss(student):
+    objective = guided.make(parts._replace(student=student), num_scales=8, sampler_steps=4)
+    return objective.players[0].loss(teacher, view, states, batch, keys)[0]
+
+  return loss(itself), loss(conditional)
+
+
+def test_guided_distillation():
+  """No loss for a student that guides itself; at g = 1 that is the conditional teacher."""
+  guides, conditional = guided_setting(3.0)
+  np.testing.assert_allclose(guides, 0, atol=1e-10)
+  assert float(conditional.min()) > 1e-4
+  np.testing.assert_allclose(guided_setting(1.0)[1], 0, atol=1e-10)
+
+
+def test_stage_two_gives_both_networks_the_scale():
+  parts = toys.toy_parts()
+  keys = keys_lib.per_example(jax.random.key(0), jnp.arange(64))
+  scale = pd.make(parts, guidance_range=(2.0, 4.0)).condition(keys, {})["guidance_scale"]
+  assert float(scale.min()) >= 2 and float(scale.max()) <= 4 and float(scale.std()) > 0.3
+  with pytest.raises(UsageError, match="must be 1"):
+    pd.make(parts._replace(guidance_scale=3.0), guidance_range=(2.0, 4.0))
+
+
+@pytest.mark.parametrize("module, options, said", [
+    (guided, dict(guidance_range=()), "must be"),
+    (guided, dict(guidance_range=(3.0, 2.0)), "g_min <= g_max"),
+    (tract, dict(block_size=1), "block_size 1"), (slam, dict(sampler_steps=60), "sampler_steps 60"),
+    (ctm, dict(outer="cubic"), "there are: euler"), (ctm, dict(outer="variance"), "process edm"),
+    (ect, dict(weight="none"), "there are: c_out"), (meanflow, dict(same_share=2.0), "same_share 2.0"),
+    (scm, dict(warmup_steps=0), "warmup_steps 0"), (tcm, dict(transition=1e9), "lower transition"),
+    (scott, dict(eta=2.0), "eta 2.0"), (regression, dict(label_steps=0), "label_steps 0")])
+def test_mistakes_are_named(module, options, said):
+  with pytest.raises(UsageError, match=said):
+    module.make(toys.toy_parts(), **options)
