@@ -301,8 +301,11 @@ def _put(tree, shardings):
 
 def _pmap(make_step, devices, layout, summary) -> Runner:
   count = len(devices)
-  spread = lambda v: v.reshape((count, v.shape[0] // count) + v.shape[1:])  # noqa: E731
-  repeat = lambda v: jnp.broadcast_to(v, (count,) + v.shape)  # noqa: E731
+  # Placed as the step's results are: a first call with arrays elsewhere would be compiled apart.
+  mapped = NamedSharding(Mesh(np.array(devices), AXES[:1]), PartitionSpec(AXES[0]))
+  put = lambda v: jax.device_put(v, mapped)  # noqa: E731
+  spread = lambda v: put(v.reshape((count, v.shape[0] // count) + v.shape[1:]))  # noqa: E731
+  repeat = lambda v: put(jnp.broadcast_to(v, (count,) + v.shape))  # noqa: E731
 
   def place(state: TrainState):
     whole = jax.tree.map(repeat, state._replace(dist=()))
