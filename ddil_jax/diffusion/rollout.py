@@ -54,3 +54,26 @@ def rollout(policy: Policy, x_T: Array, grid: Array, cond: Cond, keys: Array,
   if visit is not None:
     return out
   return jnp.concatenate([x_T[None], out]) if path else x
+
+
+def finish(policy: Policy, x_t: Array, t: Array, grid: Array, cond: Cond, keys: Array) -> Array:
+  """Follows a policy from states within a grid to its end; gradients go through all steps.
+
+  The first step of an example leads from its own time to the next time of the grid below it; the times of
+  the grid above it are passed over.
+
+  Args:
+    policy: see `solvers`; one without memory, since the steps that are passed over would fill it.
+    x_t: [B,H,W,C] at t [B], grid[0] >= t > grid[N].
+    grid: [N+1] decreasing times.
+    keys: [B]; step i draws its noise from fold_in(keys, i).
+  """
+  grid = jnp.asarray(grid, x_t.dtype)
+
+  def body(x, inputs):
+    i, then = inputs
+    now, then = jnp.minimum(t, grid[i]), jnp.minimum(t, then)
+    moved, _ = policy.step(policy.init(x), x, now, then, cond, keys_lib.normal_like(keys_lib.numbered(keys, i), x))
+    return jnp.where((then < now).reshape((-1,) + (1,) * (x.ndim - 1)), moved, x), None
+
+  return jax.lax.scan(body, x_t, (jnp.arange(len(grid) - 1), grid[1:]))[0]

@@ -54,11 +54,11 @@ def posterior(process: Process, x_t: Array, x0: Array, t: Array, s: Array,
   """
   (alpha_t, sigma_t), (alpha_s, sigma_s) = _scales(process, t, x_t), _scales(process, s, x_t)
   ratio = alpha_t / alpha_s
-  r = (ratio * sigma_s / sigma_t) ** 2
   # 1 - r without cancellation where log-SNRs are close.
   one_minus_r = expand(-jnp.expm1(process.log_snr(t) - process.log_snr(s)), x_t)
   one_minus_r = jnp.where(sigma_s > 0, one_minus_r, 1)
-  mean = r * x_t / ratio + one_minus_r * alpha_s * x0
+  # r alpha_s / alpha_t without a quotient, for pure noise has no signal.
+  mean = ratio * (sigma_s / sigma_t) ** 2 * x_t + one_minus_r * alpha_s * x0
   log_factor = jnp.log(one_minus_r)
   small = log_factor + 2 * jnp.log(jnp.where(sigma_s > 0, sigma_s, 1e-30))
   large = log_factor + 2 * jnp.log(sigma_t)

@@ -6,6 +6,7 @@ independent of it: any objective takes its states from any mixture, except that 
 `needs_x0` (its loss uses the clean image) is defined on forward states and teacher pairs only.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion.process import Process
-from ddil_jax.diffusion.solvers import Solver
+from ddil_jax.diffusion.solvers import Solver, renoise
 from ddil_jax.diffusion.transforms import Transform
 from ddil_jax.errors import UsageError
 from ddil_jax.states.base import Context, States
@@ -56,11 +57,16 @@ class Parts(NamedTuple):
 
 
 class View(NamedTuple):
-  """What a loss sees besides the parameters that it trains: everything as of the start of the step."""
+  """What a loss sees besides the parameters that it trains: everything as of the start of the step.
+
+  `mean` averages values [B, ...] over the batch on all devices (of one pass where gradients are accumulated);
+  carry no gradient through it.
+  """
   params: Mapping[str, Params]
   ema: Mapping[str, Params]
   teacher: Params
   step: Array
+  mean: Callable[[Array], Array] = functools.partial(jnp.mean, axis=0)
 
 
 class Player(NamedTuple):
@@ -130,6 +136,31 @@ def draw_index(grid: np.ndarray) -> Callable[[Array], tuple[Array, Array]]:
   return draw
 
 
+def time_table(process: Process, size: int = 1000, karras=None) -> np.ndarray:
+  """Ascending times [size] from which noise levels are drawn: the discrete steps, EDM's Karras
+  levels (`karras`: n -> decreasing levels), or even spacing."""
+  if process.name in ("discrete", "stable_diffusion"):
+    return np.arange(int(process.t_max) + 1, dtype=np.float64)
+  if process.name == "edm":
+    return karras(size)[::-1].copy()
+  return process.t_max * (np.arange(size) + 1) / size
+
+
+def draw_times(parts: Parts, size: int = 1000) -> Callable[..., Array]:
+  """`(keys [B], name, (low, high)) -> t [B]`: uniform entries of `time_table`, of a share of it (default all).
+
+  Build one for all draws of a method: each holds its table, a constant of the program.
+  """
+  table = jnp.asarray(time_table(parts.process, size, karras=lambda n: parts.make_grid(n)[:n]), jnp.float32)
+
+  def times(keys, name, share=(0.0, 1.0)):
+    first, last = (round(f * len(table)) for f in share)
+    index = keys_lib.randint(keys_lib.named(keys, name), first, min(last + 1, len(table)))
+    return table[index]
+
+  return times
+
+
 def unchanged(keys: Array, cond: Cond) -> Cond:
   """The condition of a method that adds nothing."""
   del keys
@@ -174,6 +205,51 @@ def guided_teacher(parts: Parts, guidance_scale: float | None) -> Callable[[Para
   def bound(params: Params) -> DenoiseFn:
     return parts.reflect_teacher(parts.guidance(guidance_scale)(bind(parts.teacher, params)))
   return bound
+
+
+def draw_noise(keys: Array, name: str, like: Array) -> Array:
+  """Standard normals like [B, ...] for one purpose."""
+  return keys_lib.normal_like(keys_lib.named(keys, name), like)
+
+
+def generate(parts: Parts, params: Params, states: States, keys: Array) -> Array:
+  """The student's image [B,H,W,C] from training states, in one call."""
+  return parts.student(params, states.x_t, states.t, states.cond, keys_lib.named(keys, "dropout"))
+
+
+def init_head(parts: Parts, denoiser: Denoiser, key: Array, params: Params, feature: str) -> Params:
+  """A GAN head for a feature of a denoiser."""
+  like = jnp.zeros((1,) + parts.image_shape)
+  cond = {"label": jnp.zeros((1,), jnp.int32)} if parts.num_classes else {}
+  t = jnp.full((1,), parts.process.t_max)
+  found = jax.eval_shape(lambda p: denoiser(p, like, t, cond, None, (feature,))[1], params)
+  return parts.init_head(key, found[feature])
+
+
+def init_generator(parts: Parts, feature: str | None = None) -> Callable[[Array, Params], dict[str, Params]]:
+  """(key, teacher params) -> a student, and a critic {"net", "head"} that starts from the teacher too.
+
+  Args:
+    feature: of the critic, on which its head sits; None is no head.
+  """
+  def init(key, teacher_params):
+    student = parts.init_student(keys_lib.named(key, "student"), teacher_params)
+    critic = {"net": parts.init_critic(keys_lib.named(key, "critic"), teacher_params)}
+    if feature is not None:
+      critic["head"] = init_head(parts, parts.critic, keys_lib.named(key, "head"), critic["net"], feature)
+    return {"student": student, "critic": critic}
+  return init
+
+
+def generator(name: str, parts: Parts, grid: np.ndarray, players: tuple[Player, ...],
+              teacher: Callable[[Params], DenoiseFn] | None, init, **more) -> Objective:
+  """The objective of a method whose student gives an image at each time of its sampler, which re-noises it.
+
+  Its own states are those of the student's sampler; at the first time they are pure noise.
+  """
+  return Objective(**{**dict(
+      name=name, grid=grid, sampler_grid=grid, solver=renoise(), student=parts.student, teacher=teacher, init=init,
+      players=players, draw=draw_index(grid), condition=unchanged, prior_first=True, own_source="student"), **more})
 
 
 def stop(tree: Any) -> Any:

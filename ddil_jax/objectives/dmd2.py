@@ -20,16 +20,15 @@ Source: arXiv 2405.14867 and 2311.18828; re-derived from the published equations
 golden vectors (`dmd2_*`); no code is carried over.
 """
 
-import numpy as np
 import jax
 import jax.numpy as jnp
 
-from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
 from ddil_jax.diffusion.process import Process, add_noise
 from ddil_jax.errors import UsageError
-from ddil_jax.objectives.base import Objective, Parts, Player, bind, draw_index, guided_teacher, stop, unchanged
+from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_index, draw_noise, draw_times, generate,
+                                      generator, guided_teacher, init_generator, stop, unchanged)
 from ddil_jax.registry import unknown
 from ddil_jax.states.rollouts import rollout_source
 from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
@@ -38,10 +37,13 @@ from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
 mse = distances.l2()
 
 
-def dm_gradient(x: Array, d_real: Array, d_fake: Array, tiny: float = 1e-12) -> Array:
-  """`(D_fake - D_real) / mean|x - D_real|` per sample; `tiny` makes 0/0 zero and bounds x/0."""
+def dm_gradient(x: Array, d_real: Array, d_fake: Array, tiny: float = 1e-12, offset: float = 0.0) -> Array:
+  """`(D_fake - D_real) / mean|x - D_real|` per sample; `tiny` makes 0/0 zero and bounds x/0.
+
+  `offset` is added to the normaliser, as FastGen does (1e-6).
+  """
   norm = jnp.mean(jnp.abs(x - d_real), axis=tuple(range(1, x.ndim)), keepdims=True)
-  gradient = (d_fake - d_real) / jnp.maximum(norm, tiny)
+  gradient = (d_fake - d_real) / (jnp.maximum(norm, tiny) + offset)
   return jnp.where(jnp.isfinite(gradient), gradient, 0)
 
 
@@ -96,16 +98,6 @@ def balance(dm: Array, gan: Array, limit: float = 1e4, tiny: float = 1e-12) -> A
   return stop(jnp.minimum(gradient_norm(dm) / jnp.maximum(gradient_norm(gan), tiny), limit))
 
 
-def time_table(process: Process, size: int = 1000, karras=None) -> np.ndarray:
-  """Ascending times [size] from which noise levels are drawn: the discrete steps, EDM's Karras
-  levels (`karras`: n -> decreasing levels), or even spacing."""
-  if process.name in ("discrete", "stable_diffusion"):
-    return np.arange(int(process.t_max) + 1, dtype=np.float64)
-  if process.name == "edm":
-    return karras(size)[::-1].copy()
-  return process.t_max * (np.arange(size) + 1) / size
-
-
 def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[float, float] = (0.02, 0.98),
          critic_weight: str = "snr", gan_weight: float = 0.0, gan_critic_weight: float = 1e-2,
          feature: str = "bottleneck", weight_cap: float = float("inf"), tiny: float = 1e-8,
@@ -131,32 +123,19 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
   if gan_balance not in ("fixed", "auto"):
     raise UsageError(unknown("dmd2: gan_balance", gan_balance, ("fixed", "auto")))
   grid = parts.make_grid(num_steps)
-  # One array for all draws: a second copy would be a second constant of the program.
-  table = jnp.asarray(time_table(process, karras=lambda n: parts.make_grid(n)[:n]), jnp.float32)
-  low, high = (round(f * len(table)) for f in dm_range)
-  teacher = guided_teacher(parts, parts.guidance_scale)
+  times, teacher = draw_times(parts), guided_teacher(parts, parts.guidance_scale)
   weight_fn = weighting.make(critic_weight, cap=weight_cap)
   with_gan = gan_weight > 0
 
-  def times(keys, name, first=0, last=len(table)):
-    index = keys_lib.randint(keys_lib.named(keys, name), first, last)
-    return table[index]
-
-  def noise(keys, name, like):
-    return keys_lib.normal_like(keys_lib.named(keys, name), like)
-
-  def generate(params, states, keys):
-    return parts.student(params, states.x_t, states.t, states.cond, keys_lib.named(keys, "dropout"))
-
   def matching(view, x, cond, keys):
     fake = parts.reflect_target(bind(parts.critic, view.params["critic"]["net"]))
-    loss, found = dm_loss(process, teacher(view.teacher), fake, x, times(keys, "dm_t", low, high + 1),
-                          noise(keys, "dm_eps", x), cond, tiny=tiny)
+    loss, found = dm_loss(process, teacher(view.teacher), fake, x, times(keys, "dm_t", dm_range),
+                          draw_noise(keys, "dm_eps", x), cond, tiny=tiny)
     return loss, found["gradient"]
 
   def fooling(view, x, cond, keys):
     logits = gan_logits(process, parts.critic, parts.head, view.params["critic"], x, times(keys, "gan_g_t"),
-                        noise(keys, "gan_g_eps", x), cond, feature)
+                        draw_noise(keys, "gan_g_eps", x), cond, feature)
     return jax.nn.softplus(-logits)
 
   def fooling_gradient(view, x, cond, keys):
@@ -165,7 +144,7 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
 
   def generator_loss(params, view, states, batch, keys):
     del batch
-    x = generate(params, states, keys)
+    x = generate(parts, params, states, keys)
     loss, gradient = matching(view, x, states.cond, keys)
     metrics = {"dm": loss, "dm_gradient": jnp.sqrt(mse(gradient, jnp.zeros_like(x)))}
     if with_gan and gan_balance == "fixed":
@@ -180,20 +159,20 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
     return loss, metrics
 
   def score_loss(net, x, cond, keys):
-    return critic_loss(process, bind(parts.critic, net), x, times(keys, "critic_t"), noise(keys, "critic_eps", x),
+    return critic_loss(process, bind(parts.critic, net), x, times(keys, "critic_t"), draw_noise(keys, "critic_eps", x),
                        cond, weight_fn)[0]
 
   def critic_player(params, view, states, batch, keys):
-    x = stop(generate(view.params["student"], states, keys))
+    x = stop(generate(parts, view.params["student"], states, keys))
     loss = score_loss(params["net"], x, states.cond, keys)
     metrics = {"score": loss}
     if with_gan:
       real = batch["image"]
       real_cond = {name: batch[name] for name in ("label",) if name in batch}
       fake_logits = gan_logits(process, parts.critic, parts.head, params, x, times(keys, "gan_f_t"),
-                               noise(keys, "gan_f_eps", x), states.cond, feature)
+                               draw_noise(keys, "gan_f_eps", x), states.cond, feature)
       real_logits = gan_logits(process, parts.critic, parts.head, params, real, times(keys, "gan_r_t"),
-                               noise(keys, "gan_r_eps", x), real_cond, feature)
+                               draw_noise(keys, "gan_r_eps", x), real_cond, feature)
       metrics["gan"] = jax.nn.softplus(fake_logits) + jax.nn.softplus(-real_logits)
       loss = loss + gan_critic_weight * metrics["gan"]
     return loss, metrics
@@ -207,7 +186,7 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
   def diagnose(view, states, ctx):
     student, critic = view.params["student"], view.params["critic"]
     fresh = backward_simulation.fresh(ctx._replace(student=student))
-    x, of_fresh = (generate(student, each, ctx.keys) for each in (states, fresh))
+    x, of_fresh = (generate(parts, student, each, ctx.keys) for each in (states, fresh))
     training, now = (score_loss(critic["net"], image, each.cond, ctx.keys)
                      for image, each in ((x, states), (of_fresh, fresh)))
     _, gradient = matching(view, x, states.cond, ctx.keys)
@@ -217,18 +196,5 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
       found["gan_gradient_norm"] = gradient_norm(fooling_gradient(view, x, states.cond, ctx.keys)[1])
     return found
 
-  def init(key, teacher_params):
-    student = parts.init_student(keys_lib.named(key, "student"), teacher_params)
-    critic = {"net": parts.init_critic(keys_lib.named(key, "critic"), teacher_params)}
-    if with_gan:
-      like = jnp.zeros((1,) + parts.image_shape)
-      cond = {"label": jnp.zeros((1,), jnp.int32)} if parts.num_classes else {}
-      features = jax.eval_shape(
-          lambda net: parts.critic(net, like, jnp.full((1,), process.t_max), cond, None, (feature,))[1], critic["net"])
-      critic["head"] = parts.init_head(keys_lib.named(key, "head"), features[feature])
-    return {"student": student, "critic": critic}
-
-  return Objective(
-      name="dmd2", grid=grid, sampler_grid=grid, solver=solver, student=parts.student, teacher=teacher,
-      init=init, players=(Player("student", generator_loss, period), Player("critic", critic_player)),
-      draw=draw, condition=unchanged, prior_first=True, own_source="student", diagnose=diagnose)
+  return generator("dmd2", parts, grid, (Player("student", generator_loss, period), Player("critic", critic_player)),
+                   teacher, init_generator(parts, feature if with_gan else None), diagnose=diagnose)

@@ -140,7 +140,7 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
     states = jax.lax.stop_gradient(states)
 
     view = View(*({name: layout.whole(tree) for name, tree in trees.items()} for trees in (state.params, state.ema)),
-                teacher, state.step)
+                teacher, state.step, lambda values: layout.mean(values.mean(axis=0)))
     params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
     all_finite = jnp.array(True)
     for player in objective.players:

@@ -11,7 +11,7 @@ from ddil_jax.diffusion import process
 from ddil_jax.errors import UsageError
 from ddil_jax.models import exact
 from ddil_jax.objectives import dmd2
-from ddil_jax.objectives.base import View
+from ddil_jax.objectives.base import View, time_table
 from ddil_jax.states.base import Context
 from ddil_jax.training.step import init_state, make_diagnose
 from tests import building, toys
@@ -141,7 +141,7 @@ def test_critic_lag_of_a_known_critic():
   found = lag("forward", 0.0)
   assert abs(found["critic_lag"]) < 0.02 * found["score_training"]
   found = lag("forward", BIAS)
-  t = np.asarray(dmd2.time_table(process.flow()))
+  t = np.asarray(time_table(process.flow()))
   error = 1 - (1 - t) ** 2 * STD**2 / ((1 - t) ** 2 * STD**2 + t**2)  # of the exact critic on an offset of 1
   offset = BIAS / 2 * STD / np.sqrt(0.25 * STD**2 + 0.25)
   expected = 0.5 * np.mean(error**2) * offset**2
