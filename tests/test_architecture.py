@@ -9,7 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / "ddil_jax"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 IDS = [str(path.relative_to(PACKAGE)) for path in MODULES]
-BASE = {"types", "errors", "keys", "registry", "files"}
+BASE = {"types", "errors", "keys", "registry", "files", "lora"}
 ALLOWED = {  # folder -> what it may import of the package, besides BASE and itself
     "diffusion": set(),
     "states": {"diffusion"},

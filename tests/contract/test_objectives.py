@@ -21,7 +21,14 @@ OPTIONS = {"lcm": dict(num_scales=16, guidance_range=(1.0, 4.0)), "cd": dict(num
            "ect": dict(num_scales=8, stage_steps=1), "meanflow": dict(num_scales=8), "regression": dict(label_steps=2),
            "scm": dict(num_scales=8), "scott": dict(num_scales=8, solver_steps=2),
            "tcm": dict(num_scales=16, transition=0.5),
-           "dmd2": dict(gan_weight=0.1, period=1, critic_weight="snr_trunc", weight_cap=100.0)}
+           "dmd2": dict(gan_weight=0.1, period=1, critic_weight="snr_trunc", weight_cap=100.0),
+           "sid": dict(num_steps=2, through="all", critic_weight="snr_trunc", weight_cap=100.0),
+           "diff_instruct": dict(num_steps=2, critic_weight="snr_trunc", weight_cap=100.0),
+           "f_distill": dict(num_steps=2, period=1, ratio_bins=4, critic_weight="snr_trunc", weight_cap=100.0),
+           "ladd": dict(num_steps=2), "vsd": dict(num_steps=2, rank=1, weight_cap=100.0),
+           "moment_matching": dict(num_steps=2), "ufogen": dict(num_scales=8, num_steps=2, snr_cap=100.0),
+           "dmd": dict(num_steps=2, critic_weight="snr_trunc", weight_cap=100.0),
+           "gdd": dict(num_steps=2, frozen="W1")}
 NAMES = registry.names("objectives")
 
 

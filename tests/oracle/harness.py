@@ -99,7 +99,7 @@ class Case:
     self.check(name, np.asarray(value, np.float64), allowed, allowed)
 
   def check(self, name: str, value, tight: float = 1e-9, loose: float | None = None, at_least: float = 0.0,
-            mean_of: str | None = None) -> None:
+            mean_of: str | None = None, rounding: float = FLOAT32_FLOOR) -> None:
     """Compares with `out/<name>`; integers exactly.
 
     Args:
@@ -108,6 +108,7 @@ class Case:
       at_least: the scale is max|expected| or this: for quantities that may happen to be all near 0.
       mean_of: the output whose mean this is. The original's errors may happen to cancel in it, so the
         larger of the two figures counts.
+      rounding: what float32 may lose at least, where an x0 estimate rounds more than what the original computed.
     """
     assert name in self.outs, f"{self.name} has no out/{name}"
     assert name not in self.seen, f"out/{name} is compared twice"
@@ -121,7 +122,7 @@ class Case:
         self.failures.append(f"out/{name}: {value.ravel()[:8]}, expected {expected.ravel()[:8]}")
     else:
       figure = max(self.figure(name), self.figure(mean_of) if mean_of else 0.0)
-      rounded = max(FLOAT32_FACTOR * figure, FLOAT32_FLOOR) if loose is None else loose
+      rounded = max(FLOAT32_FACTOR * figure, rounding) if loose is None else loose
       allowed = tight if self.tight else rounded
       if value.dtype != self.dtype and not is_table:
         self.failures.append(f"out/{name}: computed in {value.dtype} in the {self.dtype} run")
@@ -129,11 +130,11 @@ class Case:
       if not error <= allowed:
         self.failures.append(f"out/{name}: scaled error {error:.2e}, allowed {allowed:.2e}")
 
-  def check_grads(self, prefix: str, grads: dict, tight: float = 1e-9) -> None:
+  def check_grads(self, prefix: str, grads: dict, tight: float = 1e-9, rounding: float = FLOAT32_FLOOR) -> None:
     """Compares `out/<prefix>/<parameter>` for every stored parameter."""
     for key in sorted(self.outs):
       if key.startswith(prefix + "/") and "/" not in key.removeprefix(prefix + "/"):
-        self.check(key, grads[key.removeprefix(prefix + "/")], tight)
+        self.check(key, grads[key.removeprefix(prefix + "/")], tight, rounding=rounding)
 
   def finish(self) -> list[str]:
     """All failures, unaccounted outputs included."""

@@ -37,7 +37,8 @@ def test_file(path):
   assert not failures, "\n".join([path.stem, *failures])
 
 
-@pytest.mark.parametrize("name, said", [("gan_0_n4", "0 modules"), ("ddimension", "0 modules"), ("both_1", "2 modules")])
+@pytest.mark.parametrize("name, said", [("gan_0_n4", "0 modules"), ("ddimension", "0 modules"),
+                                        ("both_1", "2 modules")])
 def test_a_kind_of_file_that_is_unknown_or_claimed_twice_fails(name, said, monkeypatch):
   monkeypatch.setattr(cases, "CLAIMS", [*cases.CLAIMS, (r"both_\d", test_file, None), (r"both_.*", None, "a reason")])
   with pytest.raises(AssertionError, match=f"{said} know this kind of file"):

@@ -1,0 +1,33 @@
+"""DMD on digits: distribution matching, and regression on teacher pairs, which are half of the states.
+
+    python -m ddil_jax train --config=configs/digits_dmd.py:ddil --workdir=runs/dmd --config.teacher.path=runs/digits_teacher
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from configs.digits_teacher import digits
+
+from ddil_jax.sweep import product
+
+
+def ddil(config: ConfigDict) -> ConfigDict:
+  """A quarter forward data, a quarter states of the student, half pairs."""
+  config.states.update(forward=0.25, student=0.25, teacher=0.0, pairs=0.5)
+  return config
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  config = digits(common.common())
+  config.objective = ConfigDict(dict(name="dmd", num_steps=1, regression=0.5, distance="l2", critic_weight="v_mse",
+                                     weight_cap=20.0))
+  config.states.update(forward=0.0, student=0.5, pairs=0.5)
+  config.optimizer.update(name="adam", learning_rate=4e-4, critic_learning_rate=1e-3, schedule="linear")
+  config.train.update(steps=1000, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.ema = "0.99"
+  return common.apply(config, arg, {"ddil": ddil})
+
+
+def sweep() -> list[dict]:
+  """Base and DDIL, reflected and not, three seeds."""
+  return product({"arg": common.VARIANTS, "seed": range(3)})
