@@ -21,7 +21,9 @@ from ddil_jax.training import parallel
 
 def variant(config: ConfigDict, built: build_lib.Built) -> str:
   """base, +ddil, +reflected or +ddil+reflected; and the sampling steps that the teacher takes."""
-  ddil = built.distribution.sources != (built.objective.own_source,)
+  own = built.objective.own_source
+  # Teacher pairs beside the own states are labels (DMD), no mixture of DDIL.
+  ddil = tuple(name for name in built.distribution.sources if name != "pairs" or own == name) != (own,)
   name = ("+ddil" * ddil + "+reflected" * (config.reflect.kind != "identity")) or "base"
   acts = config.eval.teacher_acts
   return name + f"+teacher({','.join(map(str, acts))})" * bool(acts)

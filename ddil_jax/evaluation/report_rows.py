@@ -18,7 +18,8 @@ OBJECTIVES = ("teacher", "pd", "cd", "lcm", "dmd2")  # in the order of the table
 FILES = ("results.json", "metrics.jsonl", "config.json")
 TRIALS, FAILED = "sweep.json", "failed.json"  # of a sweep: what it runs; why a trial ended
 # The states on which a base method trains; the others' are forward states.
-_OWN_SOURCE = {"dmd2": "student", "rf": "pairs"}
+_OWN_SOURCE = {"rf": "pairs", **dict.fromkeys(("dmd2", "sid", "diff_instruct", "dmd", "f_distill", "ladd", "vsd",
+                                              "moment_matching", "gdd"), "student")}
 
 
 class Row(NamedTuple):
@@ -166,7 +167,8 @@ def _variant(config) -> str:
   # Of a schedule, its values: ["linear", a, b, fraction], ["piecewise", a, fraction, b, ...].
   values = lambda p: p[1::2] if p[:1] == ["piecewise"] else p[1:3] if len(p) > 1 else p  # noqa: E731
   drawn = [s for s in ("forward", "student", "teacher", "dagger", "pairs") if any(values(numbers(states.get(s, 0))))]
-  ddil = drawn != [_OWN_SOURCE.get(config["objective"]["name"], "forward")]
+  own = _OWN_SOURCE.get(config["objective"]["name"], "forward")
+  ddil = [name for name in drawn if name != "pairs" or own == name] != [own]  # pairs beside it are labels (DMD)
   name = "+ddil" * ddil + "+reflected" * (config["reflect"]["kind"] != "identity") or "base"
   acts = config["eval"].get("teacher_acts")
   return name + (f"+teacher({','.join(map(str, acts))})" if acts else "")

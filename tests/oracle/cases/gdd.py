@@ -62,8 +62,9 @@ class Setting:
   def indices(self):
     """Grid positions (t, u, s) of the distillation term."""
     kind, n = self.hyper["teacher_type"], self.hyper["max_steps"]
-    drawn = self.case["index_draw"].astype(self.case.dtype)
-    uniforms = iter(self.case["index_uniform"].reshape(-1, len(drawn))) if "index_uniform" in self.case else None
+    size, dtype = len(self.case["x"]), self.case.dtype
+    drawn = self.case["index_draw"].astype(dtype) if "index_draw" in self.case else None
+    uniforms = iter(self.case["index_uniform"].reshape(-1, size)) if "index_uniform" in self.case else None
 
     def between(low, high):
       return jnp.round(next(uniforms) * (high - low + 0.9998) + low - 0.4999)
@@ -77,7 +78,7 @@ class Setting:
     if kind == "ctm":
       u = between(jnp.ones_like(drawn), drawn - 1)
       return drawn, u, between(jnp.zeros_like(drawn), u - 1)
-    t = jnp.full_like(drawn, n)  # rcd
+    t = jnp.full((size,), n, dtype)  # rcd
     s = between(jnp.zeros_like(t), t - 2)
     return t, s + 1, s
 

@@ -85,10 +85,10 @@ def ufogen(case):
     case.check_grads("generator_grad_mse_only", pull_back((zero, one))[0])
     case.check_grads("generator_grad", pull_back((one, one))[0])
 
-  n = hyper["num_times"]
-  times = [int(i / n * 999) for i in range(n, 0, -1)]
+  n, top = hyper["num_times"], hyper["num_timesteps"] - 1
+  times = [int(i / n * top) for i in range(n, 0, -1)]
   policy = solvers.renoise()(process, bind(denoiser, case.net("generator")))
-  ends = [int(t - 999 / n) for t in times[:-1]] + [-1]  # the last step gives x0 itself
+  ends = [int(t - top / n) for t in times[:-1]] + [-1]  # the last step gives x0 itself
   sample, noise = case["sample_init"], case["sample_noise"]
   for i, (t, end) in enumerate(zip(times, ends)):
     sample = walk(policy, sample, [t, end], cond, noise[i:i + 1])[-1]
