@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench study clean-venv
+.PHONY: demo test test-all bench study clean-venv
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m launch.demo --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist=loadgroup $(TEST_FLAGS)
+
+# And what takes gigabytes of memory, or shows a second time what `test` shows once.
+test-all: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup -m 'slow or not slow' $(TEST_FLAGS)
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m launch.bench --out=bench/results.json

@@ -2,7 +2,7 @@
 
 import os
 
-# Set before jax is imported: 8 CPU devices for the mesh and pmap tests, and a
+# Set before jax is imported: 8 CPU devices for the mesh and pmap tests, and the
 # cheapest compile (the nets are tiny: nearly all of the tests' time is compiling).
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

@@ -71,7 +71,12 @@ def test_sweep(name):
   assert len(seen) == len(sweep)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of the family every step is traced above; the runs are compiled in `make test-all`.
+RUNS = [pytest.param(name, marks=[] if name in FULL or not name.startswith("digits_") else [pytest.mark.slow])
+        for name in NAMES]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_smoke(name, tmp_path, monkeypatch, capsys):
   """Two steps as a user runs them."""
   full = name in FULL

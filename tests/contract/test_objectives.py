@@ -46,20 +46,28 @@ def largest_difference(a, b):
              for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_single_equals_mesh_equals_pmap(name):
+BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
+# Nearly all time is compiling, so what the family shows a second time runs in `make test-all`.
+MODES = [pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "pmap" and name not in BASE else [])
+         for name in NAMES for mode in ("mesh", "pmap")]
+
+
+@pytest.mark.parametrize("name, mode", MODES)
+def test_single_equals_mesh_equals_pmap(name, mode):
   parts, objective = make(name)
   distribution = building.ddil(parts, objective)
   single, _ = building.run(objective, distribution, teacher_for(name))
-  for mode in ("mesh", "pmap"):
-    other, _ = building.run(objective, distribution, teacher_for(name), mode)
-    assert largest_difference(single, other) < 1e-6, mode
+  other, _ = building.run(objective, distribution, teacher_for(name), mode)
+  assert largest_difference(single, other) < 1e-6
   start, _ = building.run(objective, distribution, teacher_for(name), steps=0)
   assert largest_difference(single.params, start.params) > 1e-6  # something was learned
 
 
-@pytest.mark.parametrize("source", ["forward", "student", "teacher", "dagger"])
-@pytest.mark.parametrize("name", NAMES)
+STATES = [pytest.param(name, source, marks=[pytest.mark.slow] if source == "dagger" and name not in BASE else [])
+          for name in NAMES for source in ("forward", "student", "teacher", "dagger")]
+
+
+@pytest.mark.parametrize("name, source", STATES)
 def test_losses_on_every_source(name, source):
   """Per example, finite, no gradient into the states or the frozen teacher, some into its own parameters."""
   parts, objective = make(name)
@@ -107,7 +115,7 @@ PROCESSES = {"edm": process.edm(), "flow": process.flow(), "stable_diffusion": p
 DISTILLATION = [name for name in NAMES if name != "denoising"]
 # The base methods on all of them; of the family each method on one, in turn, since each is a compilation.
 PAIRS = [(name, kind) for i, name in enumerate(DISTILLATION) for j, kind in enumerate(PROCESSES)
-         if name in ("pd", "cd", "lcm", "dmd2") or i % len(PROCESSES) == j]
+         if name in BASE or i % len(PROCESSES) == j]
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)
