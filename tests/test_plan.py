@@ -13,7 +13,7 @@ from ddil_jax import plan as plan_lib
 from ddil_jax.main import main
 from tests.running import refuse, shared  # noqa: F401 (fixtures)
 
-pytestmark = pytest.mark.xdist_group("build")
+pytestmark = pytest.mark.xdist_group("plan")
 LCM = ("configs/digits_lcm.py:ddil,smoke", {"train.min_shard": "64", "train.batch_size": "16"})
 
 

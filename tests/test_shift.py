@@ -15,7 +15,8 @@ from ddil_jax.diffusion import process
 from ddil_jax.errors import UsageError
 from ddil_jax.models import exact
 from ddil_jax.objectives import dmd2, pd
-from ddil_jax.training.step import init_state
+from ddil_jax.training.parallel import make_runner
+from ddil_jax.training.step import init_state, make_train_step
 from tests import building, toys
 
 PROCESS, MEAN, STD, N, STEPS = process.cosine(), 0.2, 0.5, 400, 4
@@ -154,8 +155,13 @@ def test_what_a_run_logs_of_itself_now_and_then():
   config = config_lib.load("configs/digits_dmd2.py:smoke", {"eval.shift_samples": "40", "eval.ema": "raw"})
   batches = pipeline.batches(data, 8, 0)
   state = init_state(objective, made.distribution, made.optimizers, {}, jax.random.key(0), teacher, batches[0])
+  # A critic that is its teacher has no gradient to give.
+  state = state._replace(params=state.params | {"critic": jax.tree.map(lambda v: 1.1 * v, state.params["critic"])})
   logged = {}
-  hook = runs._diagnose(config, made, teacher, batches, lambda step, values: logged.update({step: values}))
+  runner = make_runner("single", lambda layout: make_train_step(objective, made.distribution, made.optimizers, {}, 8,
+                                                                layout=layout), 8)
+  hook = runs._diagnose(config, made, teacher, runner.place_frozen({"teacher": teacher}), batches, runner,
+                        lambda step, values: logged.update({step: values}))
   for step in (3, 6):
     hook(step, state._replace(step=jnp.int32(step)))
   drift = {f"shift/student_{name}/sw2@{k}" for name in ("forward", "teacher") for k in range(1, STEPS + 1)}

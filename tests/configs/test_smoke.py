@@ -71,8 +71,8 @@ def test_sweep(name):
   assert len(seen) == len(sweep)
 
 
-# Of the family every step is traced above; the runs are compiled in `make test-all`.
-RUNS = [pytest.param(name, marks=[] if name in FULL or not name.startswith("digits_") else [pytest.mark.slow])
+# Of the others every step is traced above; their runs are compiled in `make test-all`.
+RUNS = [pytest.param(name, marks=[] if name in FULL or name.startswith("fashion_mnist_") else [pytest.mark.slow])
         for name in NAMES]
 
 

@@ -40,7 +40,7 @@ def test_fresh_states(name, method, options):
   ctx = context()
   half = ctx._replace(keys=ctx.keys[3:], batch=jax.tree.map(lambda v: v[3:], ctx.batch))
   if name != "dagger":  # its coins are the step's
-    np.testing.assert_allclose(jax.jit(source.fresh)(half).x_t, states.x_t[3:], atol=1e-6)
+    np.testing.assert_allclose(jax.jit(source.fresh)(half).x_t, states.x_t[3:], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["student", "teacher", "dagger"])
@@ -71,7 +71,7 @@ def test_pd_student_states_are_the_samplers_states():
   path = rollout(policy, prior(parts.process, keys, states.x_t), objective.grid, {"label": ctx.batch["label"]}, keys,
                  path=True)
   expected = np.stack([path[k, b] for b, k in enumerate(states.k)])
-  np.testing.assert_allclose(states.x_t, expected, atol=1e-6)
+  np.testing.assert_allclose(states.x_t, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_lcm_student_states_renoise_the_preceding_x0():

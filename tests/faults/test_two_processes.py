@@ -63,6 +63,7 @@ def assert_close(a, b):
                                err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed(tmp_path, trained, capfd):  # noqa: F811
   """kill -9 of process 1 at step 7: up to there both did what one process does, and one process goes on from step 5.
 
