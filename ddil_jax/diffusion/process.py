@@ -146,12 +146,12 @@ def discrete(alphas_cumprod: np.ndarray, final_alpha_one: bool = True) -> Proces
   last = len(table) - 1
 
   def cumprod(t):
-    low = jnp.clip(jnp.floor(t), 0, last)
-    high = jnp.minimum(low + 1, last)
-    values = jnp.asarray(table, t.dtype)
-    at_low, at_high = values[low.astype(jnp.int32)], values[high.astype(jnp.int32)]
-    inside = at_low + jnp.clip(t - low, 0, 1) * (at_high - at_low)
-    return jnp.where(t < 0, 1, inside) if final_alpha_one else inside
+    values, low = jnp.asarray(table, t.dtype), jnp.clip(jnp.floor(t), 0, last).astype(jnp.int32)
+    start = jnp.minimum(low, last - 1)  # the last time has the slope of the interval before it
+    inside = values[low] + (t - low) * (values[start + 1] - values[start])
+    # No clip of t: at a bound it would halve the derivative.
+    inside = jnp.where(t > last, values[last], inside)
+    return jnp.where(t < 0, 1 if final_alpha_one else values[0], inside)
 
   def as_float(t):
     return jnp.asarray(t) if jnp.issubdtype(jnp.asarray(t).dtype, jnp.floating) else jnp.asarray(t, float)

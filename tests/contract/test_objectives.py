@@ -114,10 +114,7 @@ def test_teacher_is_an_argument(name):
 PROCESSES = {"edm": process.edm(), "flow": process.flow(), "stable_diffusion": process.stable_diffusion()}
 DISTILLATION = [name for name in NAMES if name != "denoising"]
 # The base methods on all of them; of the family each method on one, in turn, since each is a compilation.
-# The derivative of MeanFlow's jump along Stable Diffusion's discrete table is not finite at some times.
-KNOWN = {("meanflow", "stable_diffusion"): [pytest.mark.xfail(strict=True, reason="not finite on a discrete table")]}
-PAIRS = [pytest.param(name, kind, marks=KNOWN.get((name, kind), []))
-         for i, name in enumerate(DISTILLATION) for j, kind in enumerate(PROCESSES)
+PAIRS = [(name, kind) for i, name in enumerate(DISTILLATION) for j, kind in enumerate(PROCESSES)
          if name in BASE or i % len(PROCESSES) == j]
 
 

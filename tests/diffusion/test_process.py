@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,3 +84,15 @@ def test_eps_from_x0_inverts_add_noise(process):
 def test_eps_at_the_clean_end_is_zero(process):
   x0 = jnp.ones((1, 2, 2, 1))
   assert np.all(processes.eps_from_x0(process, x0, x0, jnp.full((1,), process.t_clean)) == 0)
+
+
+@pytest.mark.parametrize("final_alpha_one", [True, False])
+def test_a_tables_derivative_is_the_slope_of_its_interval(final_alpha_one):
+  """Also at its knots and at both ends, where a method by Jacobian-vector products divides by it."""
+  table = np.array([0.9, 0.7, 0.4, 0.2])
+  alpha = processes.discrete(table, final_alpha_one).alpha
+  t = jnp.array([0.0, 0.25, 1.0, 1.5, 2.0, 3.0])
+  value, slope = jax.jvp(alpha, (t,), (jnp.ones_like(t),))
+  np.testing.assert_allclose(value**2, np.interp(t, range(4), table), rtol=1e-6)
+  np.testing.assert_allclose(2 * value * slope, [-0.2, -0.2, -0.3, -0.3, -0.2, -0.2], rtol=1e-5)
+  np.testing.assert_allclose(alpha(jnp.array([-1.0, 5.0])) ** 2, [1.0 if final_alpha_one else 0.9, 0.2], rtol=1e-6)
