@@ -123,6 +123,23 @@ def reflected(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def generator(config: ConfigDict, **objective) -> ConfigDict:
+  """What methods that train a generator against a critic share on digits: its own states, and how long."""
+  config.objective = ConfigDict(objective)
+  config.states.update(forward=0.0, student=1.0)
+  # A critic that learns faster than the student follows it better in a run this short.
+  config.optimizer.update(name="adam", learning_rate=4e-4, critic_learning_rate=1e-3, schedule="linear")
+  config.train.update(steps=1000, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.ema = "0.99"
+  return config
+
+
+def half_forward(config: ConfigDict) -> ConfigDict:
+  """DDIL of a generator: half forward data, half states of the student's own sampler."""
+  config.states.update(forward=0.5, student=0.5, teacher=0.0)
+  return config
+
+
 MODIFIERS = {"smoke": smoke, "ddil": ddil, "reflected": reflected}
 
 

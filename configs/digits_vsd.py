@@ -11,21 +11,10 @@ from configs.digits_teacher import digits
 from ddil_jax.sweep import product
 
 
-def ddil(config: ConfigDict) -> ConfigDict:
-  """Half forward data, half the student's own states."""
-  config.states.update(forward=0.5, student=0.5, teacher=0.0)
-  return config
-
-
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="vsd", num_steps=1, rank=4, guide_critic=True, random_guidance=(),
-                                     weight_cap=20.0))
-  config.states.update(forward=0.0, student=1.0)
-  config.optimizer.update(name="adam", learning_rate=4e-4, critic_learning_rate=1e-3, schedule="linear")
-  config.train.update(steps=1000, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.ema = "0.99"
-  return common.apply(config, arg, {"ddil": ddil})
+  config = common.generator(digits(common.common()), name="vsd", num_steps=1, rank=4, guide_critic=True,
+                            random_guidance=(), weight_cap=20.0)
+  return common.apply(config, arg, {"ddil": common.half_forward})
 
 
 def sweep() -> list[dict]:
