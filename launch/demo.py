@@ -13,9 +13,9 @@ import pathlib
 import sys
 import time
 
-from ddil_jax.errors import RunError
+from ddil_jax.errors import UsageError
 from ddil_jax.sweep import Trial
-from launch.sweep import run_all, sigterm_as_interrupt
+from launch.sweep import exit_code, run_all
 
 # The demo's students, the most telling first, so that a stopped demo shows something: name, config,
 # its argument, fields that differ: shorter runs than the configs' own. Most of the time is compiling, so that a
@@ -56,22 +56,13 @@ def main(argv: list[str] | None = None) -> int:
   args.add_argument("--seeds", type=int, default=1, help="training seeds of every student (default: 1)")
   args.add_argument("--smoke", action="store_true", help="two steps of everything on fake data")
   args = args.parse_args(argv)
-  if args.seeds < 1:
-    print(f"ddil: --seeds={args.seeds}: at least 1 is needed", file=sys.stderr)
-    return 2
-  try:
-    with sigterm_as_interrupt():
-      return demo(args)
-  except RunError as error:
-    print(f"ddil: run failed: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("ddil: stopped; the same command continues", file=sys.stderr)
-    return 130
+  return exit_code(lambda: demo(args))
 
 
 def demo(args) -> int:
   """Runs what is not done yet, then reports; returns the exit code."""
+  if args.seeds < 1:
+    raise UsageError(f"--seeds={args.seeds}: at least 1 is needed")
   workdir = pathlib.Path(args.workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   began = time.monotonic()

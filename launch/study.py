@@ -18,7 +18,7 @@ from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import report_figures, shift_quality
 from ddil_jax.sweep import Trial
-from launch.sweep import run_all, sigterm_as_interrupt
+from launch.sweep import exit_code, run_all
 
 INTERVENTION, CORRELATION = "intervention", "correlation"
 PARTS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
@@ -115,18 +115,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 where a trial failed, 2 for a mistake in usage, 130 when interrupted."""
   args = parser().parse_args(argv)
-  try:
-    with sigterm_as_interrupt():
-      return _main(args)
-  except UsageError as error:
-    print(f"ddil: {error}", file=sys.stderr)
-    return 2
-  except RunError as error:
-    print(f"ddil: run failed: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("ddil: stopped; the same command continues", file=sys.stderr)
-    return 130
+  return exit_code(lambda: _main(args))
 
 
 def _main(args) -> int:

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 from ddil_jax import config as config_lib
 from ddil_jax import files
@@ -166,6 +167,22 @@ def sigterm_as_interrupt():
     signal.signal(signal.SIGTERM, old)
 
 
+def exit_code(run: Callable[[], int]) -> int:
+  """The code of run(); mistakes (2), failures (1) and interrupts (130) are one line on stderr."""
+  try:
+    with sigterm_as_interrupt():
+      return run()
+  except UsageError as error:
+    print(f"ddil: {error}", file=sys.stderr)
+    return 2
+  except RunError as error:
+    print(f"ddil: run failed: {error}", file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    print("ddil: stopped; the same command continues", file=sys.stderr)
+    return 130
+
+
 def _running(workdir, todo) -> str:
   """The newest logged step of the trials that are under way."""
   newest = []
@@ -247,18 +264,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 0, 1 where a trial failed, 2 for a mistake in usage, 130 when interrupted."""
   args, rest = parser().parse_known_args(argv)
-  try:
-    with sigterm_as_interrupt():
-      return _run(args, rest)
-  except UsageError as error:
-    print(f"ddil: {error}", file=sys.stderr)
-    return 2
-  except RunError as error:
-    print(f"ddil: run failed: {error}", file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print("ddil: stopped; the same command continues", file=sys.stderr)
-    return 130
+  return exit_code(lambda: _run(args, rest))
 
 
 def _run(args, rest) -> int:
