@@ -340,9 +340,21 @@ def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds
   """Evaluates, and writes `results.json` and `samples/`."""
   first = processes.is_first()
   rows = measure_lib.measure(config, built, params, teacher, workdir / "samples" if first else None, seconds=seconds)
+  rows = [row | {"teacher": _original_teacher(config, teacher)} for row in rows]
   if first:
     files.write_json(workdir / "results.json", rows)
   return rows
+
+
+def _original_teacher(config, teacher) -> str:
+  """Identity of the teacher, or where that is a student itself (of a stage before), of its own; "" without."""
+  if not teacher:
+    return ""
+  try:
+    own = files.read_json(pathlib.Path(config.teacher.path) / "results.json")[0]["teacher"]
+  except (UsageError, LookupError, TypeError):  # no run, or one without results
+    own = ""
+  return own or params_lib.hash_params(teacher)[:12]
 
 
 def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:

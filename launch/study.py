@@ -16,9 +16,9 @@ from ddil_jax import config as config_lib
 from ddil_jax import files, runs
 from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
-from ddil_jax.evaluation import report_figures, shift_quality
+from ddil_jax.evaluation import report_figures, shift_quality, teacher_acts
 from ddil_jax.sweep import Trial
-from launch.sweep import exit_code, run_all
+from launch.sweep import compile_cache, exit_code, run_all
 
 INTERVENTION, CORRELATION = "intervention", "correlation"
 PARTS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
@@ -41,15 +41,18 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False) -> 
   return failed
 
 
-def intervene(workdir: pathlib.Path) -> list[dict]:
+def intervene(workdir: pathlib.Path) -> str:
   """7. The teacher takes none, the first, the last, or more of four steps, in the students of `methods` and `guided`.
 
+  Students are those with and without DDIL, unreflected. The teacher is the first one, also of a student in stages.
+
   Returns:
-    Rows as in results.json. Written to intervention/results.json.
+    The table, also in intervention/table.md, beside the rows and the figure.
 
   Raises:
     UsageError: no four-step students are there.
   """
+  compile_cache(workdir)
   students = [path.parent for part in ("methods", "guided") for path in sorted((workdir / part).glob("**/config.json"))
               if (path.parent / "checkpoints").exists()]
   rows = []
@@ -58,12 +61,12 @@ def intervene(workdir: pathlib.Path) -> list[dict]:
     if kept.exists():
       rows += files.read_json(kept)
       continue
-    saved, own = runs.saved_config(student), []
+    config, own = runs.saved_config(student).copy_and_resolve_references().unlock(), []
+    config.teacher = _first_teacher(config)
+    if config.reflect.kind != "identity" or len(runs.build_lib.build(config).objective.sampler_grid) != 5:
+      continue
     for acts in ((), (0,), (3,), (0, 1), (2, 3), (0, 1, 2), (0, 1, 2, 3)):
-      config = saved.copy_and_resolve_references().unlock()
       config.eval.update(sampler_steps=(), teacher_acts=acts, shift_samples=0)
-      if len(runs.build_lib.build(config).objective.sampler_grid) != 5:
-        break
       own += runs.measured(config, student)
     files.write_json(kept, own)
     rows += own
@@ -71,7 +74,17 @@ def intervene(workdir: pathlib.Path) -> list[dict]:
   if not rows:
     raise UsageError(f"{workdir} has no four-step students: run the parts methods or guided first")
   files.write_json(workdir / INTERVENTION / "results.json", rows)
-  return rows
+  found = teacher_acts.compare(rows)
+  table = teacher_acts.markdown(found)
+  files.write_bytes(workdir / INTERVENTION / "table.md", table.encode())
+  report_figures.save([teacher_acts.draw(found)], workdir / INTERVENTION)
+  return table
+
+
+def _first_teacher(config):
+  """config.teacher of the first stage: the teacher of a late one is a student itself."""
+  of_teacher = runs.saved_config(config.teacher.path)
+  return _first_teacher(of_teacher) if of_teacher.teacher.path else config.teacher
 
 
 def correlate(workdir: pathlib.Path) -> str:
@@ -134,7 +147,7 @@ def _main(args) -> int:
   code = 0
   for part in parts:
     if part == INTERVENTION:
-      intervene(pathlib.Path(args.workdir))
+      print(intervene(pathlib.Path(args.workdir)))
       continue
     if part == CORRELATION:
       print(correlate(pathlib.Path(args.workdir)))

@@ -70,10 +70,7 @@ def worker(index: int, count: int, todo, outcomes, workdir: str, small: bool) ->
     os.sched_setaffinity(0, cores[index::count])
   if small:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SMALL}"
-  import jax
-  jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(workdir).resolve() / ".jax_cache"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  compile_cache(pathlib.Path(workdir))
   from ddil_jax.training.loop import Stopped
   for trial in iter(todo.get, None):
     try:
@@ -83,6 +80,14 @@ def worker(index: int, count: int, todo, outcomes, workdir: str, small: bool) ->
       return
     except Exception as error:  # one failed trial must not end the sweep; it is listed at the end
       outcomes.put((trial.name, f"{type(error).__name__}: {error}"))
+
+
+def compile_cache(workdir: pathlib.Path) -> None:
+  """Compiled programs are kept in the work directory, also the small ones."""
+  import jax
+  jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / ".jax_cache"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def _stop_with_parent():

@@ -105,7 +105,9 @@ def _load(run_dirs):
   if not any(run.config or run.log or run.rows for run in runs):
     raise UsageError(f"nothing to report in {', '.join(map(str, run_dirs)) or 'no directory'}; "
                      f"expected one of {', '.join(report_rows.FILES)} in each run")
-  return runs, report_rows.unique([row for run in runs for row in run.rows], missing), missing
+  rows = report_rows.unique([row for run in runs for row in run.rows], missing)
+  report_rows.teachers(rows, missing)
+  return runs, rows, missing
 
 
 def _write_page(runs, rows, missing, out, title, metric, baseline, figures_dir=None) -> dict:

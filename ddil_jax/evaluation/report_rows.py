@@ -26,6 +26,8 @@ class Row(NamedTuple):
   """A checked row of results.json; numbers that are not finite are None. The teacher's variant is "".
 
   Attributes:
+    intervals: {metric: (low, high)} of one run's samples, where they were resampled (`eval.bootstrap`).
+    teacher: identity (hash) of the run's teacher; "" where it is not known.
     config: of the whole run, flat; {} where there is none.
     error: why a trial has no results; else "".
     setting: what it is called among the given runs, see `report_labels.with_settings`.
@@ -43,6 +45,8 @@ class Row(NamedTuple):
   samples: str
   path: pathlib.Path
   run: str
+  intervals: dict[str, tuple[float, float]] = {}
+  teacher: str = ""
   config: dict[str, Any] = {}
   error: str = ""
   setting: Setting = Setting("")
@@ -223,12 +227,15 @@ def check(raw, problems: list[str], path=pathlib.Path(), run: str = "") -> Row |
   shift = raw["shift"] if isinstance(raw.get("shift"), list) else []
   objective = str(needed["objective"])
   variant = "" if objective == "teacher" else str(raw.get("variant") or "base")
+  intervals = raw["intervals"] if isinstance(raw.get("intervals"), dict) else {}
+  ends = {str(k): (_number(v.get("low")), _number(v.get("high"))) for k, v in intervals.items() if isinstance(v, dict)}
   return Row(
       objective, variant, int(needed["steps"]), needed["guidance_scale"], int(needed["seed"]), setting=Setting(variant),
       metrics={str(k): _number(v) for k, v in metrics.items()},
       shift=[p for p in shift if isinstance(p, dict)],
       network_evaluations=_number(raw.get("network_evaluations")), seconds=_number(raw.get("seconds")),
-      samples=str(raw.get("samples") or ""), path=path, run=run)
+      samples=str(raw.get("samples") or ""), path=path, run=run,
+      intervals={name: pair for name, pair in ends.items() if None not in pair}, teacher=str(raw.get("teacher") or ""))
 
 
 def _number(value):
@@ -249,6 +256,20 @@ def unique(rows: list[Row], missing: list[str]) -> list[Row]:
       missing.append(f"unlike rows for {row.title}, seed {row.seed}: that of {first.run} counts, "
                      f"that of {row.run} does not")
   return sorted(found.values(), key=lambda r: (order(r.group), r.setting.order, r.seed))
+
+
+def teachers(rows: list[Row], missing: list[str]) -> None:
+  """Adds to `missing` that seeds of one setting have unlike teachers: their spread is then not that of training."""
+  found = {}
+  for row in rows:
+    if row.teacher:
+      found.setdefault((row.objective, row.guidance_scale, row.label), {}).setdefault(row.teacher, set()).add(row.run)
+  for (objective, scale, label), runs in found.items():
+    if len(runs) > 1:
+      of = "; ".join(f"{sorted(names)[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}" for names in
+                     runs.values())
+      missing.append(f"{objective} {label}, guidance scale {scale:g}: seeds of {len(runs)} unlike teachers are"
+                     f" averaged ({of})")
 
 
 def order(group):

@@ -20,7 +20,7 @@ NAMES = config_lib.available()
 # With all modifiers and a whole evaluation; the others plain and briefly.
 FULL = ("digits_teacher", "digits_pd", "digits_cd", "digits_lcm", "digits_dmd2")
 FIELDS = {"objective", "variant", "steps", "seed", "guidance_scale", "metrics", "shift", "network_evaluations",
-          "seconds"}
+          "seconds", "teacher"}
 
 
 def modifiers(name: str) -> list[str]:
@@ -109,6 +109,8 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
     assert all(math.isfinite(value) for value in row["metrics"].values())
     assert bool(row["shift"]) == (full and not teacher_run)
     assert (tmp_path / "run" / row["samples"]).is_file()
+  teachers = {row["teacher"] for row in rows}  # of all stages the first one's
+  assert len(teachers) == 1 and teachers.isdisjoint({""}) != teacher_run
   if full and stages:
     run_again_by_another_name(name, arg, rows, tmp_path, monkeypatch, capsys)
 

@@ -413,3 +413,25 @@ def test_terminal_table_of_nothing_and_of_bad_rows():
   assert "note: a row of results.json without steps, guidance_scale, seed is left out" in text
   line = next(line for line in text.splitlines() if line.startswith("pd"))
   assert line.split() == ["pd", "4", "1", "-", "-"]
+
+
+def test_seeds_of_unlike_teachers_are_named_and_stages_are_not(tmp_path):
+  for seed, teacher in enumerate(("aaaa", "aaaa", "bbbb")):
+    write_run(tmp_path / f"pd-{seed}", "pd", "base", seed, steps=(4, 2), teacher=teacher)
+  missing = []
+  report_rows.teachers([row for run in report_rows.runs_of([tmp_path], []) for row in run.rows], missing)
+  assert missing == ["pd base, guidance scale 1: seeds of 2 unlike teachers are averaged (pd-0 and 1 more; pd-2)"]
+  _, _, listed = report._load([tmp_path])
+  assert missing[0] in listed
+  again = []
+  report_rows.teachers([row for run in report_rows.runs_of([tmp_path / "pd-0", tmp_path / "pd-1"], [])
+                        for row in run.rows], again)
+  assert again == []
+
+
+def test_intervals_over_samples_stand_below_their_values(tmp_path):
+  write_run(tmp_path / "a", "pd", "base", 0, fd=3.9, intervals={FD: {"mean": 4.1, "low": 3.71, "high": 4.13}})
+  write_run(tmp_path / "b", "pd", "base", 1, fd=3.8)
+  report.write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "r.html")
+  text = Page((tmp_path / "r.html").read_text()).text
+  assert "3.90 3.71 to 4.13" in text and "3.80 3" not in text
