@@ -75,7 +75,8 @@ def common() -> ConfigDict:
       sharding=(".*=largest",),  # REGEX=AXIS for parameters by path, AXIS a number, largest or whole
       min_shard=16_384,  # smaller arrays stay whole, unless a rule names their axis
       microbatch=0,  # most examples that a device learns from at a time; 0 is its share of the batch
-      watchdog_seconds=0.0))  # without a step for so long, compilations included, the process ends; 0 is never
+      watchdog_seconds=0.0,  # without a step for so long, compilations included, the process ends; 0 is never
+      profile_steps=()))  # (first, last) of a trace in profile/
   config.eval = ConfigDict(dict(
       num_samples=2000, batch_size=500, ema="0.999",  # "raw": the student's own parameters
       sampler_steps=(),  # other step counts at which to evaluate too

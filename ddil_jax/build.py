@@ -38,7 +38,7 @@ from ddil_jax.states.mixture import mixture
 from ddil_jax.states.pairs import pairs
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source, states_per_rollout
-from ddil_jax.training import optim
+from ddil_jax.training import compiling, optim
 from ddil_jax.types import Array, Cond, Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -110,6 +110,7 @@ def check_numbers(config: ConfigDict) -> None:
     group, name = field.split(".")
     if name in config[group] and not config[group][name] >= least:
       raise UsageError(f"config.{field}={config[group][name]}: at least {least} is needed")
+  compiling.check_profile_steps(config.train.profile_steps)
   for field, bound in (("states.dagger_probability", 1), ("model.dropout", 0.999)):
     group, name = field.split(".")
     if config[group][name] > bound:

@@ -49,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     return sub
 
   train = command("train", "train a run to its end, or continue it")
+  train.add_argument("--profile_steps", metavar="FIRST,LAST", help="trace these steps into profile/ of the run;"
+                     " the same as --config.train.profile_steps")
+  train.add_argument("--compile_cache", default="", metavar="DIR|off", help="where compiled programs are kept (default:"
+                     " $DDIL_COMPILE_CACHE, or ddil_jax/compiled in the user's cache folder)")
   several = train.add_argument_group("several processes", "each runs this command, on its own devices")
   several.add_argument("--cluster", default="auto", metavar="HOW", help="how they find each other: slurm, kubernetes,"
                        " tpu, none, or auto: what is there (default)")
@@ -176,6 +180,8 @@ def _run(args, overrides) -> int:
 
   from ddil_jax import config as config_lib
   from ddil_jax import runs
+  from ddil_jax.training import compiling
+  compiling.keep_programs(getattr(args, "compile_cache", ""))
   if args.command == "plan":
     return _plan(args, overrides)
   if args.command == "evaluate":
@@ -210,6 +216,8 @@ def _train(args, overrides) -> int:
   from ddil_jax.training.loop import Stopped
   if not args.config:
     raise UsageError("train needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
+  if args.profile_steps:
+    overrides["train.profile_steps"] = f"({args.profile_steps},)"
   cluster = processes.find(args.cluster, args.coordinator, args.num_processes, args.process_id)
   if cluster:
     processes.start(cluster)

@@ -28,7 +28,7 @@ from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, sampling
 from ddil_jax.interop import diffusers, release
 from ddil_jax.models import base as models
-from ddil_jax.training import checkpoint, loop, parallel, processes
+from ddil_jax.training import checkpoint, compiling, loop, parallel, processes
 from ddil_jax.training import params as params_lib
 from ddil_jax.training import workdir as workdir_lib
 from ddil_jax.training import logging as log_lib
@@ -37,7 +37,7 @@ from ddil_jax.training.step import due_players, init_state, make_diagnose, make_
 # Fields that may differ when a run is resumed.
 MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep", "train.keep_best",
               "train.parallel", "train.fsdp", "train.sharding", "train.min_shard", "train.microbatch",
-              "train.watchdog_seconds", "model.remat",
+              "train.watchdog_seconds", "train.profile_steps", "model.remat",
               "eval", "data.data_dir", "data.manual_dir")
 _DIAGNOSE_BATCHES = 8  # over which the objective's own measurements are averaged
 
@@ -194,6 +194,7 @@ def _train(config, workdir, setup, say):
       f"states from {', '.join(built.distribution.sources)}; {runner.summary}")
 
   with contextlib.ExitStack() as stack:
+    tally = stack.enter_context(compiling.tally())
     checkpoints = stack.enter_context(checkpoint.Checkpoints(
         workdir / workdir_lib.CHECKPOINTS, keep=config.train.keep, keep_best=config.train.keep_best, best_metric="fd"))
     restored = checkpoints.restore(shapes)
@@ -235,10 +236,11 @@ def _train(config, workdir, setup, say):
 
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
                              config.train.checkpoint_every, config.train.max_bad_steps, config.eval.diagnose_every,
-                             config.train.watchdog_seconds)
+                             config.train.watchdog_seconds, config.train.profile_steps)
     clock.start(start)
     state = loop.run_loop(runner, functools.partial(due_players, built.objective), state, frozen, batches, root,
-                          settings, loop.Hooks(log, save, evaluate_now, dump, diagnose))
+                          settings, loop.Hooks(log, save, evaluate_now, dump, diagnose, lambda: say(str(tally)),
+                                               workdir / "profile"))
     state = runner.fetch(state)
     seconds = clock.total()
   return write_results(config, built, parallel.local(student_params(state, config.eval.ema)), teacher, workdir, seconds)

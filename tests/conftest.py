@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_llvm_disable_expensive_passes=true"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["DDIL_COMPILE_CACHE"] = "off"  # nothing is left in the user's folders
 
 import jax  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pathlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ddil_jax.errors import RunError
+from ddil_jax.training.compiling import Profile
 from ddil_jax.training.parallel import Runner
 from ddil_jax.training.step import Mean, TrainState
 from ddil_jax.training.watchdog import watch
@@ -20,7 +22,8 @@ from ddil_jax.training.watchdog import watch
 class Settings(NamedTuple):
   """How long, and how often; in steps. A period of 0 means only at the end, and never for `diagnose_every`.
 
-  Without a step for `watchdog_seconds` the process ends, see `watchdog.py`; 0 is never.
+  Without a step for `watchdog_seconds` the process ends, see `watchdog.py`; 0 is never. `profile_steps`: first
+  and last step of a trace, () for none.
   """
   steps: int
   log_every: int
@@ -29,6 +32,7 @@ class Settings(NamedTuple):
   max_bad_steps: int
   diagnose_every: int
   watchdog_seconds: float = 0.0
+  profile_steps: tuple[int, ...] = ()
 
 
 class Hooks(NamedTuple):
@@ -40,12 +44,16 @@ class Hooks(NamedTuple):
     evaluate: (step, state in the plain layout) -> its metrics.
     dump: (step, state) -> where the state of a failed run was written.
     diagnose: (step, state in the plain layout): measures and logs what a step does not.
+    started: after the first step of this sitting, which was compiled for it.
+    profile: where a trace is written.
   """
   log: Callable[[int, dict[str, float]], None]
   save: Callable[[int, TrainState, dict[str, float]], None]
   evaluate: Callable[[int, TrainState], dict[str, float]]
   dump: Callable[[int, TrainState], str]
   diagnose: Callable[[int, TrainState], None]
+  started: Callable[[], None] = lambda: None
+  profile: pathlib.Path = pathlib.Path()
 
 
 class Stopped(Exception):
@@ -67,11 +75,18 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
   """
   pending: list[dict[str, Mean]] = []
   bad_check = min(settings.log_every, settings.max_bad_steps)
-  with _stop_requests() as stop, watch(settings.watchdog_seconds) as dog:
-    for step in range(int(runner.fetch(state).step), settings.steps):
+  profile = Profile(settings.profile_steps, hooks.profile)
+  with _stop_requests() as stop, watch(settings.watchdog_seconds) as dog, contextlib.closing(profile):
+    first = int(runner.fetch(state).step)
+    for step in range(first, settings.steps):
+      done = step + 1
+      profile.before(done)
       state, metrics = runner.step(state, frozen, runner.place_batch(batches[step]), root, due(step))
       pending.append(metrics)
-      done = step + 1
+      profile.after(done, metrics)
+      if step == first:
+        jax.block_until_ready(metrics)
+        hooks.started()
       dog.step_done(done)
       last = done == settings.steps
       if last or done % bad_check == 0:

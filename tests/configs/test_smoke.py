@@ -72,8 +72,7 @@ def test_sweep(name):
 
 
 # Of the others every step is traced above; their runs are compiled in `make test-all`.
-RUNS = [pytest.param(name, marks=[] if name in FULL or name.startswith("fashion_mnist_") else [pytest.mark.slow])
-        for name in NAMES]
+RUNS = [pytest.param(name, marks=[] if name in FULL else [pytest.mark.slow]) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", RUNS)

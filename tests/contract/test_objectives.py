@@ -1,5 +1,7 @@
 """Every objective in the folder, on every kind of state and device layout."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,13 +56,21 @@ MODES = [pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "pmap" and
 
 @pytest.mark.parametrize("name, mode", MODES)
 def test_single_equals_mesh_equals_pmap(name, mode):
+  objective, distribution, start, single = on_one_device(name)
+  assert largest_difference(single.params, start.params) > 1e-6  # something was learned
+  other, _ = building.run(objective, distribution, teacher_for(name), mode, start=start)
+  assert largest_difference(single, other) < 1e-6
+
+
+@functools.lru_cache(maxsize=1)
+def on_one_device(name):
+  """An objective, its states, and where training begins and ends."""
   parts, objective = make(name)
   distribution = building.ddil(parts, objective)
-  single, _ = building.run(objective, distribution, teacher_for(name))
-  other, _ = building.run(objective, distribution, teacher_for(name), mode)
-  assert largest_difference(single, other) < 1e-6
   start, _ = building.run(objective, distribution, teacher_for(name), steps=0)
-  assert largest_difference(single.params, start.params) > 1e-6  # something was learned
+  start = jax.device_get(start)  # a step may give its argument's memory away
+  single, _ = building.run(objective, distribution, teacher_for(name), start=start)
+  return objective, distribution, start, single
 
 
 STATES = [pytest.param(name, source, marks=[pytest.mark.slow] if source == "dagger" and name not in BASE else [])
@@ -82,17 +92,31 @@ def test_losses_on_every_source(name, source):
   states = jax.jit(available[source].fresh)(ctx)
   # The critics differ from the teacher, else distribution matching has nothing to do.
   params = jax.tree.map(lambda v: v + 0.05 * jnp.cos(jnp.arange(v.size, dtype=v.dtype).reshape(v.shape)), params)
-  view = View(params, {name: params["student"] for name in objective.targets}, teacher, jnp.zeros((), jnp.int32))
   for player in objective.players:
+    value, grads = graded(name)(player.name, params, teacher, states, batch, keys)
+    assert np.isfinite(value)
+    assert float(optax.global_norm(grads)) > 0
+
+
+@functools.lru_cache(maxsize=1)
+def graded(name):
+  """(player, params, teacher, states, batch, keys) -> its loss and gradient: rollout sources share a program."""
+  _, objective = make(name)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def grade(player, params, teacher, states, batch, keys):
+    view = View(params, {name: params["student"] for name in objective.targets}, teacher, jnp.zeros((), jnp.int32))
+    loss_of = next(p.loss for p in objective.players if p.name == player)
+
     def total(own, x_t, teacher):
-      loss, metrics = player.loss(own, view._replace(teacher=teacher), states._replace(x_t=jax.lax.stop_gradient(x_t)),
-                                  batch, keys)
+      loss, metrics = loss_of(own, view._replace(teacher=teacher), states._replace(x_t=jax.lax.stop_gradient(x_t)),
+                              batch, keys)
       assert loss.shape == (4,) and all(v.shape == (4,) for v in metrics.values())
       return loss.sum()
 
-    value, grads = jax.jit(jax.value_and_grad(total))(params[player.name], states.x_t, teacher)
-    assert np.isfinite(value)
-    assert float(optax.global_norm(grads)) > 0
+    return jax.value_and_grad(total)(params[player], states.x_t, teacher)
+
+  return grade
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,9 +3,12 @@
 import json
 import statistics
 
+import pytest
+
 from launch import bench
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
   out = tmp_path / "new" / "results.json"
   assert bench.main(["--smoke", f"--out={out}"]) == 0

@@ -42,7 +42,7 @@ def test_what_was_not_counted_is_absent():
   assert summarise([]) == {}
 
 
-def test_when_hooks_are_called():
+def test_when_hooks_are_called(tmp_path):
   parts = toys.toy_parts()
   objective = pd.make(parts)
   states = building.on_policy(building.sources(parts, objective)["forward"])
@@ -57,14 +57,20 @@ def test_when_hooks_are_called():
     return {"fd": 1.0}
 
   hooks = Hooks(lambda step, metrics: calls.append(("log", step)),
-                *(functools.partial(called, name) for name in ("save", "evaluate", "dump", "diagnose")))
-  settings = Settings(steps=7, log_every=4, eval_every=5, checkpoint_every=6, max_bad_steps=3, diagnose_every=3)
+                *(functools.partial(called, name) for name in ("save", "evaluate", "dump", "diagnose")),
+                lambda: calls.append(("started", 1)), tmp_path / "profile")
+  settings = Settings(steps=7, log_every=4, eval_every=5, checkpoint_every=6, max_bad_steps=3, diagnose_every=3,
+                      profile_steps=(2, 3))
   last = run_loop(runner, functools.partial(due_players, objective), runner.place(state),
                   runner.place_frozen({"teacher": teacher}), [toys.toy_batch(8, i) for i in range(7)],
                   jax.random.key(1), settings, hooks)
   assert int(last.step) == 7
-  assert calls == [("diagnose", 3), ("log", 4), ("evaluate", 5), ("save", 5), ("diagnose", 6), ("save", 6),
+  assert calls == [("started", 1), ("diagnose", 3), ("log", 4), ("evaluate", 5), ("save", 5), ("diagnose", 6), ("save", 6),
                    ("log", 7), ("save", 7)]
+  trace, = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert trace.stat().st_size > 1000
   run_loop(runner, functools.partial(due_players, objective), last, runner.place_frozen({"teacher": teacher}),
            [toys.toy_batch()] * 9, jax.random.key(1), settings._replace(steps=9, diagnose_every=0), hooks)
   assert not any(name == "diagnose" for name, step in calls if step > 6)
+  assert calls.count(("started", 1)) == 2  # of each sitting
+  assert list((tmp_path / "profile").rglob("*.xplane.pb")) == [trace]  # its steps were over
