@@ -1,4 +1,4 @@
-"""ConfigDict -> parts. With `runs.py` the only reader of ConfigDict.
+"""ConfigDict -> parts.
 
 `build(config)` reads top to bottom what a run is made of: data, networks, objective, states,
 optimizers. Everything below it takes plain arguments.
@@ -6,7 +6,6 @@ optimizers. Everything below it takes plain arguments.
 
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,20 +16,19 @@ import optax
 from ml_collections import ConfigDict
 
 from ddil_jax import keys as keys_lib
-from ddil_jax import registry
+from ddil_jax import registry, samplers
 from ddil_jax.data import pipeline
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.diffusion import grids, prediction, process, solvers, transforms
-from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import results
-from ddil_jax.interop import diffusers, extractors, release
+from ddil_jax.interop import diffusers, extractors
 from ddil_jax.models import base as models
 from ddil_jax.models.diffusers_unet import DiffusersUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import REMAT, UNet
-from ddil_jax.objectives.base import Objective, Parts, bind, subset
+from ddil_jax.objectives.base import Objective, Parts, bind
 from ddil_jax.states import priors as priors_lib
 from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
 from ddil_jax.states.forward import forward
@@ -130,7 +128,7 @@ def check_numbers(config: ConfigDict) -> None:
 
 def check_evaluation(config: ConfigDict, built: Built) -> None:
   """Raises UsageError for what would stop the evaluation, which comes after all the training."""
-  samplers(config, built)
+  samplers.samplers(config, built)
   if config.eval.shift_samples == 1:
     raise UsageError("config.eval.shift_samples=1: at least 2 samples are needed, or 0 for no covariate shift")
   for kind in config.eval.shift_kinds:
@@ -393,147 +391,3 @@ def call(where: str, makers: dict[str, Callable], group: ConfigDict):
     if field not in known:
       raise UsageError(registry.unknown(f"field of {where} for '{group.name}':", field, known))
   return makers[group.name](**options)
-
-
-class Sampler(NamedTuple):
-  """One way to draw images from a trained network.
-
-  Attributes:
-    steps, guidance_scale: as reported.
-    network_evaluations: per image.
-    grid: [steps+1] times.
-    policy: params -> Policy.
-    condition: cond -> cond of the sampler (a guidance scale for students that read it).
-    sample: (params, keys [B], cond) -> images [B,H,W,C]; all noise comes from the keys.
-    with_teacher: the teacher takes some of the steps: the params of `sample` are (student's, teacher's).
-  """
-  steps: int
-  guidance_scale: float
-  network_evaluations: int
-  grid: np.ndarray
-  policy: Callable[[Params], Policy]
-  condition: Callable[[Cond], Cond]
-  sample: Callable[[Params, Array, Cond], Array]
-  with_teacher: bool = False
-
-
-def samplers(config: ConfigDict, built: Built, steps: int | None = None) -> list[Sampler]:
-  """The samplers with which a run is evaluated; with `steps`, only that step count.
-
-  Raises:
-    UsageError: more steps or other times than the student was trained for, a grid that does not decrease, guidance
-      scales that it cannot take.
-  """
-  counts = [steps] if steps is not None else [len(built.objective.sampler_grid) - 1, *config.eval.sampler_steps]
-  scales = config.eval.guidance_scales or (config.teacher.guidance_scale,)
-  reads_scale = bool(getattr(config.objective, "guidance_range", ()))
-  if len(scales) > 1 and not reads_scale and built.objective.name != "denoising":
-    raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has one scale folded in")
-  folded = config.teacher.folded_guidance_scale
-  own = config.eval.sampler_times
-  walks = [_own_grid(built, own)] if own and steps is None else [_sampler_grid(built, n) for n in dict.fromkeys(counts)]
-  found = [_sampler(built, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
-  return [_with_teacher(built, sampler, config) for sampler in found] if config.eval.teacher_acts else found
-
-
-def _with_teacher(built: Built, sampler: Sampler, config: ConfigDict) -> Sampler:
-  """The sampler with the steps `eval.teacher_acts` taken by the teacher's DDIM, guided and reflected as in training."""
-  acts, steps = config.eval.teacher_acts, sampler.steps
-  if built.objective.teacher is None:
-    raise UsageError(f"config.eval.teacher_acts={acts}: objective '{built.objective.name}' has no teacher; set it to ()")
-  if not all(0 <= i < steps for i in acts):
-    raise UsageError(f"config.eval.teacher_acts={acts}: the steps of a sampler of {steps} are 0 to {steps - 1}")
-  turns = [i in acts for i in range(steps)]
-
-  def sample(params, keys, cond):
-    student, teacher = params
-    x = prior(built.parts.process, keys, jnp.zeros(keys.shape + built.parts.image_shape))
-    start = 0
-    for acting, turn in itertools.groupby(turns):
-      stop = start + len(list(turn))
-      policy = teacher_policy(built, teacher) if acting else sampler.policy(student)
-      x = rollout(policy, x, sampler.grid[start:stop + 1], sampler.condition(cond), keys_lib.numbered(keys, start))
-      start = stop
-    return x
-
-  guided = config.teacher.guidance_scale != 1
-  return sampler._replace(sample=sample, with_teacher=True,
-                          network_evaluations=sampler.network_evaluations + len(set(acts)) * guided)
-
-
-def _own_grid(built: Built, times: tuple[float, ...]) -> np.ndarray:
-  """A grid that the user gave; a student takes only times at which it was trained."""
-  try:
-    grid = grids.check_grid(times)
-  except UsageError as error:
-    raise UsageError(f"config.eval.sampler_times={times}: {error}") from None
-  if built.objective.name != "denoising":
-    trained = built.objective.grid
-    for t in grid[:-1]:
-      if not np.isclose(trained[:-1], t, rtol=1e-6, atol=1e-9).any():
-        raise UsageError(f"config.eval.sampler_times={times}: this student was not trained at {t:g}, but at "
-                         + ", ".join(f"{v:g}" for v in trained[:-1]))
-  return grid
-
-
-def _sampler(built: Built, grid: np.ndarray, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
-  objective, parts, steps = built.objective, built.parts, len(grid) - 1
-  is_teacher = objective.name == "denoising"
-
-  def policy(params):
-    denoise = bind(objective.student, params)
-    if is_teacher:
-      denoise = parts.guidance(guidance_scale)(denoise)
-    return objective.solver(parts.process, parts.reflect_sampler(denoise))
-
-  def condition(cond):
-    like = jnp.zeros(cond["label"].shape, jnp.float32)
-    return {**cond, "guidance_scale": like + guidance_scale} if reads_scale else cond
-
-  def sample(params, keys, cond):
-    x_T = prior(parts.process, keys, jnp.zeros(keys.shape + parts.image_shape))
-    return rollout(policy(params), x_T, grid, condition(cond), keys)
-
-  calls = steps * (2 if is_teacher and guidance_scale != 1 else 1)
-  return Sampler(steps, folded or guidance_scale, calls, grid, policy, condition, sample)
-
-
-def _sampler_grid(built: Built, steps: int) -> np.ndarray:
-  objective = built.objective
-  if steps < 1 or steps != int(steps):
-    raise UsageError(f"{steps} sampling steps; at least 1, and a whole number, is needed")
-  if objective.name == "denoising":
-    return built.parts.make_grid(steps)
-  trained = len(objective.grid) - 1
-  if steps > trained:
-    raise UsageError(f"this student was trained at {trained} times and cannot take {steps} steps")
-  return np.concatenate([subset(objective.grid, steps)[:-1], objective.sampler_grid[-1:]])
-
-
-def teacher_policy(built: Built, teacher: Params) -> Policy:
-  """The teacher's own DDIM walk, guided and reflected as configured."""
-  return solvers.ddim()(built.parts.process, built.objective.teacher(teacher))
-
-
-# How the students of a method are sampled, in diffusers' terms.
-_RELEASED = {"denoising": "ddim", "pd": "ddim", "lcm": "lcm", "dmd2": "lcm"}
-
-
-def sampling_of(config: ConfigDict, built: Built) -> release.Sampling:
-  """What diffusers has to know of how a run's student is sampled.
-
-  Raises:
-    UsageError: a run whose student no scheduler of diffusers samples.
-  """
-  name, method = config.process.name, config.objective.name
-  if name not in release.TABLES or method not in _RELEASED:
-    raise UsageError(f"no scheduler of diffusers samples a student of '{method}' on process '{name}'; known are"
-                     f" {', '.join(_RELEASED)} on {' and '.join(release.TABLES)}")
-  times = [round(float(t)) for t in built.objective.sampler_grid[:-1]]
-  kind = _RELEASED[method]
-  own = grids.ddim_timesteps if kind == "ddim" else grids.lcm_timesteps
-  return release.Sampling(
-      kind, len(times), config.prediction.name, () if own(len(times)).tolist() == times else tuple(times),
-      config.teacher.folded_guidance_scale or config.teacher.guidance_scale,
-      bool(config.process.get("zero_terminal_snr", False)), name, config.objective.get("timestep_scaling", 10.0),
-      config.reflect.kind != "identity" and config.reflect.sampler)

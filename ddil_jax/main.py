@@ -179,7 +179,7 @@ def _run(args, overrides) -> int:
     return _export(args)
 
   from ddil_jax import config as config_lib
-  from ddil_jax import runs
+  from ddil_jax import trained
   from ddil_jax.training import compiling
   compiling.keep_programs(getattr(args, "compile_cache", ""))
   if args.command == "plan":
@@ -193,19 +193,19 @@ def _run(args, overrides) -> int:
   if args.config:
     config = config_lib.load(args.config, overrides)
   else:
-    config = runs.saved_config(args.workdir)
+    config = trained.saved_config(args.workdir)
     for field, text in overrides.items():
       config_lib.override(config, field, text)
   if args.data_dir:
     config_lib.override(config, "data.data_dir", args.data_dir)
   if args.command == "sample":
-    print(f"wrote {runs.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
+    print(f"wrote {trained.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
   elif args.shift:
     from ddil_jax.evaluation import shift_figures
-    print(shift_figures.table(runs.evaluate_shift(config, args.workdir)))
+    print(shift_figures.table(trained.evaluate_shift(config, args.workdir)))
   else:
     from ddil_jax.evaluation import report
-    print(report.terminal_table(runs.evaluate(config, args.workdir)))
+    print(report.terminal_table(trained.evaluate(config, args.workdir)))
   return 0
 
 
@@ -236,8 +236,8 @@ def _train(args, overrides) -> int:
 def _export(args) -> int:
   from ddil_jax.interop import diffusers, release
   if os.path.isdir(args.file):
-    from ddil_jax import runs
-    print(f"wrote {runs.export(args.file, args.out, args.dtype)}")
+    from ddil_jax import trained
+    print(f"wrote {trained.export(args.file, args.out, args.dtype)}")
     return 0
   try:
     times = tuple(int(word) for word in args.timesteps.split(",") if word)
@@ -268,12 +268,12 @@ def _shorthands(args) -> dict[str, str]:
 
 def _evaluate_files(args, overrides) -> int:
   from ddil_jax import config as config_lib
-  from ddil_jax import runs
+  from ddil_jax import trained
   if args.data_dir:
     overrides["data.data_dir"] = args.data_dir
   config = config_lib.load(args.config, overrides) if args.config else config_lib.defaults(overrides)
   own_data = bool(args.config) or "data.name" in overrides
-  result = runs.evaluate_files(config, args.images, args.reference, args.out, "eval.metrics" in overrides, own_data)
+  result = trained.evaluate_files(config, args.images, args.reference, args.out, "eval.metrics" in overrides, own_data)
   print(f"{result['num']:,} images against {result['num_reference']:,}; {result['seconds']:.0f} s,"
         f" {result['peak_memory_mib']:,} MiB at most")
   for name, value in result["metrics"].items():

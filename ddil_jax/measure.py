@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
+from ddil_jax import samplers
 from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
 from ddil_jax.errors import RunError
@@ -29,7 +30,7 @@ def variant(config: ConfigDict, built: build_lib.Built) -> str:
   return name + f"+teacher({','.join(map(str, acts))})" * bool(acts)
 
 
-def what(config: ConfigDict, built: build_lib.Built, sampler: build_lib.Sampler) -> dict:
+def what(config: ConfigDict, built: build_lib.Built, sampler: samplers.Sampler) -> dict:
   """What a row is about."""
   teacher_run = config.objective.name == "denoising"
   return {"objective": "teacher" if teacher_run else config.objective.name,
@@ -54,7 +55,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   labels = sampling.balanced_labels(config.eval.num_samples, classes)
   params, rows = devices.whole(params), []
   teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
-  for sampler in build_lib.samplers(config, built):
+  for sampler in samplers.samplers(config, built):
     batches = sampling.sample_batches(draw_with(sampler, params, teacher), config.eval.num_samples, built.parts.image_shape,
                                       config.eval.seed, labels, config.eval.batch_size, devices)
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
@@ -108,7 +109,7 @@ def measure_images(config, batches, num: int, labels, reference: ImageSet, name:
   return measured._replace(values=measured.values | {str(of_lpips): diversity.value()})
 
 
-def draw_with(sampler: build_lib.Sampler, params, teacher=None):
+def draw_with(sampler: samplers.Sampler, params, teacher=None):
   """(keys, labels) -> images; parameters are an argument of the compiled program, so that it is one for all runs."""
   params = (params, teacher) if sampler.with_teacher else params
   draw = jax.jit(lambda params, keys, label: sampler.sample(params, keys, {"label": label}))

@@ -1,4 +1,4 @@
-"""Whole runs: train, evaluate, sample in a work directory. Composes build, loop and evaluation.
+"""Whole training runs in a work directory. Composes build, loop and evaluation.
 
 A work directory holds `config.json`, `versions.json`, `checkpoints/`, `metrics.jsonl`, event
 files, `samples/` and `results.json`. Progressive distillation in stages has one such directory
@@ -13,7 +13,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
@@ -21,12 +20,10 @@ from ddil_jax import config as config_lib
 from ddil_jax import files
 from ddil_jax import keys as keys_lib
 from ddil_jax import measure as measure_lib
-from ddil_jax import measure_files
+from ddil_jax import samplers, trained
 from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation import grids, sampling
-from ddil_jax.interop import diffusers, release
 from ddil_jax.models import base as models
 from ddil_jax.training import checkpoint, compiling, loop, parallel, processes
 from ddil_jax.training import params as params_lib
@@ -163,7 +160,7 @@ def _fit(config, teacher, say) -> _Setup:
   alike.data.data_dir = str(pathlib.Path(config.data.data_dir or pipeline.default_data_dir()).resolve())
   built, runner = _built(json.dumps(config_lib.to_dict(alike), sort_keys=True))
   say(pipeline.preflight(built.dataset)["summary"])
-  teacher = load_teacher(config, built) if teacher is None else teacher
+  teacher = trained.load_teacher(config, built) if teacher is None else teacher
   batches = pipeline.batches(pipeline.subset(built.dataset, config.data.fraction), config.train.batch_size,
                              config.seed, config.data.flip, jax.process_index(), processes.count())
   jax.eval_shape(built.objective.init, jax.random.key(config.seed), teacher)
@@ -243,7 +240,7 @@ def _train(config, workdir, setup, say):
                                                workdir / "profile"))
     state = runner.fetch(state)
     seconds = clock.total()
-  return write_results(config, built, parallel.local(student_params(state, config.eval.ema)), teacher, workdir, seconds)
+  return trained.write_results(config, built, parallel.local(student_params(state, config.eval.ema)), teacher, workdir, seconds)
 
 
 def _telling(config, workdir, start, stack):
@@ -264,7 +261,7 @@ def _diagnose(config, built, teacher, frozen, batches, runner, write):
 
   @functools.cache
   def probe():  # made when it is first needed: it walks the teacher
-    return shift_lib.probe(config, built, build_lib.samplers(config, built)[0], teacher)
+    return shift_lib.probe(config, built, samplers.samplers(config, built)[0], teacher)
 
   def diagnose(step, state):
     several = range(_DIAGNOSE_BATCHES if built.objective.diagnose else 0)
@@ -305,181 +302,3 @@ def _stored(params, dtype: str):
 def student_params(state, name: str):
   """The student's parameters: "raw", or an EMA by name."""
   return state.params["student"] if name == "raw" else state.ema[name]
-
-
-def load_teacher(config: ConfigDict, built: build_lib.Built):
-  """The frozen parameters at config.teacher.path, checked against the architecture; () where none is needed.
-
-  Raises:
-    UsageError: no path given, nothing there, or parameters of another architecture (listed).
-  """
-  if built.init_teacher is None:
-    return ()
-  if not config.teacher.path:
-    if file := config.model.get("file", ""):
-      return _fitting_teacher(diffusers.load(file).params, built, file)
-    if config.data.name == "fake":  # a smoke run: any teacher will do
-      return built.init_teacher(jax.random.key(config.seed))
-    raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
-                     " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
-  return _fitting_teacher(_load_student(config.teacher.path, config.teacher.ema).params, built, config.teacher.path)
-
-
-def _fitting_teacher(params, built, where):
-  shapes = jax.eval_shape(built.init_teacher, jax.random.key(0))
-  params_lib.require_like(params, shapes, f"the teacher at {where}")
-  return jax.tree.map(jnp.asarray, params)
-
-
-def _load_student(path, average: str) -> checkpoint.Loaded:
-  return checkpoint.load_any(path, "params/student" if average == "raw" else f"ema/{average}")
-
-
-# Evaluation ---------------------------------------------------------------------------------
-
-
-def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds: float) -> list[dict]:
-  """Evaluates, and writes `results.json` and `samples/`."""
-  first = processes.is_first()
-  rows = measure_lib.measure(config, built, params, teacher, workdir / "samples" if first else None, seconds=seconds)
-  rows = [row | {"teacher": _original_teacher(config, teacher)} for row in rows]
-  if first:
-    files.write_json(workdir / "results.json", rows)
-  return rows
-
-
-def _original_teacher(config, teacher) -> str:
-  """Identity of the teacher, or where that is a student itself (of a stage before), of its own; "" without."""
-  if not teacher:
-    return ""
-  try:
-    own = files.read_json(pathlib.Path(config.teacher.path) / "results.json")[0]["teacher"]
-  except (UsageError, LookupError, TypeError):  # no run, or one without results
-    own = ""
-  return own or params_lib.hash_params(teacher)[:12]
-
-
-def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:
-  """Evaluates the newest checkpoint of a run and rewrites its results."""
-  workdir = pathlib.Path(workdir)
-  built = build_lib.build(config)
-  params, meta = _trained(config, built, workdir)
-  say(f"evaluating {workdir} with {config.eval.num_samples} samples")
-  return write_results(config, built, params, load_teacher(config, built), workdir, meta.get("seconds", 0.0))
-
-
-def evaluate_shift(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:
-  """Measures the covariate shift of a run's newest checkpoint: `shift.json`, and figures in `shift/`.
-
-  Returns:
-    The rows of `shift.json`: like those of `results.json`, without what was not measured.
-
-  Raises:
-    UsageError: a run without a teacher, or a config that leaves the shift out.
-  """
-  # Not at the top: matplotlib takes long to import, and no other part of a run draws.
-  from ddil_jax.evaluation import report_figures, shift_figures
-  workdir = pathlib.Path(workdir)
-  built = build_lib.build(config)
-  if built.objective.teacher is None:
-    raise UsageError(f"{workdir} is a teacher's run: covariate shift is that of a student; give a student's run")
-  if not config.eval.shift_samples:
-    raise UsageError("config.eval.shift_samples=0 leaves the covariate shift out; set it to 500, for instance")
-  if config.eval.teacher_acts:
-    raise UsageError("config.eval.teacher_acts mixes two policies: covariate shift is that of the student; set it to ()")
-  params, _ = _trained(config, built, workdir)
-  teacher = load_teacher(config, built)
-  say(f"measuring the covariate shift of {workdir} with {config.eval.shift_samples} samples")
-  extractor = measure_lib.load_networks(config, built.parts.image_shape, (), built.dataset).extractor
-  rows = [measure_lib.what(config, built, sampler)
-          | {"shift": shift_lib.probe(config, built, sampler, teacher).rows(params, extractor.features)}
-          for sampler in build_lib.samplers(config, built)]
-  files.write_json(workdir / "shift.json", rows)
-  log = workdir / "metrics.jsonl"
-  drawings = shift_figures.draw(rows, log_lib.read_metrics(log) if log.exists() else [])
-  report_figures.save(drawings, workdir / "shift")
-  say(f"wrote {workdir}/shift.json and {len(drawings)} figure(s) in {workdir}/shift")
-  return rows
-
-
-def measured(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
-  """The rows of a run's newest checkpoint under a config of one's own; writes nothing."""
-  built = build_lib.build(config)
-  params, meta = _trained(config, built, workdir)
-  return measure_lib.measure(config, built, params, load_teacher(config, built), seconds=meta.get("seconds", 0.0))
-
-
-def evaluate_files(config: ConfigDict, path: str, reference: str, out: str | pathlib.Path | None = None,
-                   own_metrics: bool = False, own_data: bool = False) -> dict:
-  """Measures images in files, see `measure_files.measure_files`, and writes the result to `out`."""
-  result = measure_files.measure_files(config, path, reference, own_metrics, own_data)
-  if out:
-    files.write_json(out, result)
-  return result
-
-
-def _trained(config, built, workdir):
-  """The student of a run and the checkpoint's meta. Raises UsageError if it does not fit the config."""
-  if not pathlib.Path(workdir).is_dir():
-    raise UsageError(f"{workdir} is no run directory; train a run there first")
-  if config.train.stages:
-    folders = ", ".join(f"{workdir}/stage_{n}" for n in config.train.stages)
-    raise UsageError(f"{workdir} is a run in stages; give one of {folders}")
-  params, meta, origin = _load_student(workdir, config.eval.ema)
-  shapes = jax.eval_shape(lambda key: built.parts.init_student(key, ()), jax.random.key(0))
-  params_lib.require_like(params, shapes, f"checkpoint {origin}")
-  return jax.tree.map(jnp.asarray, params), meta
-
-
-def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, seed: int, out: str | pathlib.Path,
-           steps: int | None = None) -> pathlib.Path:
-  """Writes a PNG grid of samples of a run's newest checkpoint.
-
-  Raises:
-    UsageError: fewer than 1 sample or step.
-  """
-  if num_samples < 1:
-    raise UsageError(f"--num_samples={num_samples}: at least 1 is needed")
-  built = build_lib.build(config)
-  params, _ = _trained(config, built, workdir)
-  chosen = build_lib.samplers(config, built, steps)[0]
-  labels = sampling.balanced_labels(num_samples, built.dataset.num_classes)
-  draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None)
-  images = sampling.sample_images(draw, num_samples, built.parts.image_shape, seed, labels,
-                                  min(num_samples, config.eval.batch_size))
-  grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
-  return pathlib.Path(out)
-
-
-def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "float32") -> pathlib.Path:
-  """Writes a run's student as a folder that diffusers samples from, with the scheduler that its training asks for.
-
-  Raises:
-    UsageError: a run of the project's own UNet, or one that no scheduler of diffusers samples.
-  """
-  config = saved_config(workdir)
-  file = config.model.get("file", "")
-  if not file:
-    raise UsageError(f"{workdir} trained the project's own UNet, which diffusers does not have; runs with"
-                     " config.model.file can be exported")
-  built = build_lib.build(config)
-  sampling = build_lib.sampling_of(config, built)
-  params, _ = _trained(config, built, workdir)
-  if config.model.guidance_embedding:
-    raise UsageError(f"{workdir}: the student reads the guidance scale, which UNet2DModel of diffusers does not")
-  release.write(out, params, diffusers.architecture(file)[1], sampling, release.run_of(workdir), dtype)
-  return pathlib.Path(out)
-
-
-def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
-  """The resolved config of a run. Raises UsageError where there is none."""
-  path = pathlib.Path(workdir) / "config.json"
-  try:
-    saved = json.loads(path.read_text())
-  except (FileNotFoundError, NotADirectoryError):
-    raise UsageError(f"{workdir} is no run directory: it has no config.json; train a run there first") from None
-  except OSError as error:
-    raise UsageError(f"cannot read {path}: {error.strerror}") from None
-  except json.JSONDecodeError as error:
-    raise UsageError(f"{path} is not valid JSON: {error}") from None
-  return config_lib.from_dict(workdir_lib.with_defaults(saved, config_lib.to_dict(config_lib.defaults())))

@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
+from ddil_jax import samplers
 from ddil_jax.diffusion.process import add_noise
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.errors import UsageError
@@ -33,7 +34,7 @@ class Probe:
     seed: of noise and of the choice of images.
   """
 
-  def __init__(self, built: build_lib.Built, sampler: build_lib.Sampler, teacher, num_samples: int,
+  def __init__(self, built: build_lib.Built, sampler: samplers.Sampler, teacher, num_samples: int,
                teacher_steps: int, batch_size: int = 500, seed: int = 0):
     parts, data, grid = built.parts, built.dataset, sampler.grid
     first, second = _pairs_of_a_class(data.labels, num_samples, seed)
@@ -51,7 +52,7 @@ class Probe:
       return rollout(sampler.policy(params), start(keys), grid, sampler.condition(cond), keys, path=True)
 
     def teacher_walk(teacher, keys, cond):
-      walk = build_lib.teacher_policy(built, teacher)
+      walk = samplers.teacher_policy(built, teacher)
       return rollout(walk, start(keys), fine, sampler.condition(cond), keys, path=True)[jnp.asarray(self._at)]
 
     def estimate(teacher, x, k, cond):
@@ -60,7 +61,7 @@ class Probe:
 
     def label_and_end(teacher, x, at, cond):
       cond, times = sampler.condition(cond), jnp.asarray(fine, x.dtype)
-      time, policy = lambda i: jnp.full(x.shape[:1], times[i]), build_lib.teacher_policy(built, teacher)  # noqa: E731
+      time, policy = lambda i: jnp.full(x.shape[:1], times[i]), samplers.teacher_policy(built, teacher)  # noqa: E731
 
       def step(i, x):
         # A start that is traced: one program for all times. DDIM carries nothing and reads no noise.
@@ -166,7 +167,7 @@ def _pairs_of_a_class(labels, num: int, seed: int) -> tuple[np.ndarray, np.ndarr
   return pairs[:, 0], pairs[:, 1]
 
 
-def probe(config: ConfigDict, built: build_lib.Built, sampler: build_lib.Sampler, teacher) -> Probe:
+def probe(config: ConfigDict, built: build_lib.Built, sampler: samplers.Sampler, teacher) -> Probe:
   """The config's probe."""
   return Probe(built, sampler, teacher, config.eval.shift_samples, config.states.teacher_steps,
                config.eval.batch_size, config.eval.seed)

@@ -32,6 +32,7 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from ddil_jax import build as build_lib  # noqa: E402
 from ddil_jax import config as config_lib  # noqa: E402
+from ddil_jax import samplers  # noqa: E402
 from ddil_jax.data import pipeline  # noqa: E402
 from ddil_jax.data.dataset import Dataset  # noqa: E402
 from ddil_jax.diffusion.rollout import prior, rollout  # noqa: E402
@@ -216,7 +217,7 @@ def rollouts(dataset: Dataset, network, size: Size) -> list[dict]:
     cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
     x_T = prior(built.parts.process, keys, jnp.zeros((batch,) + built.parts.image_shape))
     for steps in size.rollouts:
-      sampler = build_lib.samplers(config, built, steps)[0]
+      sampler = samplers.samplers(config, built, steps)[0]
       times = [jnp.full(batch, t, jnp.float32) for t in sampler.grid[:-1]]
 
       @jax.jit
@@ -249,7 +250,7 @@ def sampling(dataset: Dataset, network, size: Size) -> list[dict]:
   for method in size.methods:
     config = digits(method, size)
     built, batch = build_lib.build(config, dataset), config.eval.batch_size
-    sampler = build_lib.samplers(config, built)[0]
+    sampler = samplers.samplers(config, built)[0]
     keys = jax.random.split(jax.random.key(2), batch)
     cond = {"label": jnp.asarray(balanced_labels(batch, dataset.num_classes))}
     sample = jax.jit(sampler.sample)

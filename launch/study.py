@@ -13,7 +13,7 @@ import re
 import sys
 
 from ddil_jax import config as config_lib
-from ddil_jax import files, runs
+from ddil_jax import build, files, trained
 from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import report_figures, shift_quality, teacher_acts
@@ -61,13 +61,13 @@ def intervene(workdir: pathlib.Path) -> str:
     if kept.exists():
       rows += files.read_json(kept)
       continue
-    config, own = runs.saved_config(student).copy_and_resolve_references().unlock(), []
+    config, own = trained.saved_config(student).copy_and_resolve_references().unlock(), []
     config.teacher = _first_teacher(config)
-    if config.reflect.kind != "identity" or len(runs.build_lib.build(config).objective.sampler_grid) != 5:
+    if config.reflect.kind != "identity" or len(build.build(config).objective.sampler_grid) != 5:
       continue
     for acts in ((), (0,), (3,), (0, 1), (2, 3), (0, 1, 2), (0, 1, 2, 3)):
       config.eval.update(sampler_steps=(), teacher_acts=acts, shift_samples=0)
-      own += runs.measured(config, student)
+      own += trained.measured(config, student)
     files.write_json(kept, own)
     rows += own
     print(f"{student.relative_to(workdir)}: {len(own)} rows", flush=True)
@@ -83,7 +83,7 @@ def intervene(workdir: pathlib.Path) -> str:
 
 def _first_teacher(config):
   """config.teacher of the first stage: the teacher of a late one is a student itself."""
-  of_teacher = runs.saved_config(config.teacher.path)
+  of_teacher = trained.saved_config(config.teacher.path)
   return _first_teacher(of_teacher) if of_teacher.teacher.path else config.teacher
 
 

@@ -8,6 +8,7 @@ import pytest
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
 from ddil_jax import keys as keys_lib
+from ddil_jax import samplers
 from ddil_jax.data import pipeline
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.errors import UsageError
@@ -141,9 +142,9 @@ def test_a_sampling_grid_of_ones_own():
   """It replaces the step counts, and what it samples is what its times say."""
   config = load("digits_cd.py:smoke", eval__sampler_times="(1.0, 0.5, 0.0)")
   built = build_lib.build(config)
-  own, = build_lib.samplers(config, built)
+  own, = samplers.samplers(config, built)
   assert own.grid.tolist() == [1.0, 0.5, 0.0] and (own.steps, own.network_evaluations) == (2, 2)
-  two = build_lib.samplers(config, built, steps=2)[0]
+  two = samplers.samplers(config, built, steps=2)[0]
   assert two.grid[:-1].tolist() == [1.0, 0.5]  # the same times by count
   params = built.objective.init(jax.random.key(0), built.init_teacher(jax.random.key(1)))["student"]
   keys, cond = jax.random.split(jax.random.key(2), 3), {"label": jnp.arange(3)}
@@ -161,16 +162,16 @@ def test_the_teacher_takes_some_of_the_steps():
 
   def sample(acts):
     mine = load("digits_pd.py:smoke,guided", train__stages="()", eval__teacher_acts=acts)
-    sampler, = build_lib.samplers(mine, built)
+    sampler, = samplers.samplers(mine, built)
     return np.asarray(jax.jit(sampler.sample)((student, teacher), keys, cond)), sampler.network_evaluations
 
   grid = built.parts.make_grid(4)
   x_T = prior(built.parts.process, keys, jnp.zeros((3, *built.parts.image_shape)))
-  whole = rollout(build_lib.teacher_policy(built, teacher), x_T, grid, cond, keys)
+  whole = rollout(samplers.teacher_policy(built, teacher), x_T, grid, cond, keys)
   np.testing.assert_allclose(sample((0, 1, 2, 3))[0], whole, rtol=1e-5, atol=1e-5)
-  own = build_lib.samplers(config, built)[0].sample(student, keys, cond)
-  halves = rollout(build_lib.teacher_policy(built, teacher), x_T, grid[:2], cond, keys)
-  halves = rollout(build_lib.samplers(config, built)[0].policy(student), halves, grid[1:], cond, keys)
+  own = samplers.samplers(config, built)[0].sample(student, keys, cond)
+  halves = rollout(samplers.teacher_policy(built, teacher), x_T, grid[:2], cond, keys)
+  halves = rollout(samplers.samplers(config, built)[0].policy(student), halves, grid[1:], cond, keys)
   first, evaluations = sample((0,))
   np.testing.assert_allclose(first, halves, rtol=1e-5, atol=1e-5)
   assert evaluations == 5 and not np.allclose(first, own, atol=1e-3) and not np.allclose(first, whole, atol=1e-3)

@@ -8,6 +8,7 @@ import pytest
 
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
+from ddil_jax import samplers
 from ddil_jax import runs, shift
 from ddil_jax.data import pipeline
 from ddil_jax.data.dataset import Dataset
@@ -37,7 +38,7 @@ def built(student=None):
 def probe(made, num_samples=N, teacher_steps=256, **options):
   parts, teacher = made
   config = config_lib.load("configs/digits_pd.py:smoke", {"train.stages": "()"})
-  sampler = build_lib.samplers(config, parts)[0]
+  sampler = samplers.samplers(config, parts)[0]
   return shift.Probe(parts, sampler, teacher.params, num_samples, teacher_steps, **options)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddil_jax import build, runs
+from ddil_jax import build, samplers, trained
 from ddil_jax.interop import diffusers as folders
 from ddil_jax.main import main
 from tests.parity.test_diffusers_models import diffusers, randomise, torch
@@ -33,9 +33,9 @@ def run(tmp_path_factory, shared):  # noqa: F811
 def test_from_folder_to_folder(run, tmp_path, refuse):  # noqa: F811
   """The teacher is theirs, the student was trained from it, and theirs samples as ours does."""
   workdir, teacher, file = run
-  config = runs.saved_config(workdir)
+  config = trained.saved_config(workdir)
   built = build.build(config)
-  given = runs.load_teacher(config, built)
+  given = trained.load_teacher(config, built)
   np.testing.assert_array_equal(given["conv_in"]["kernel"], folders.load(file).params["conv_in"]["kernel"])
 
   out = tmp_path / "student"
@@ -49,11 +49,11 @@ def test_from_folder_to_folder(run, tmp_path, refuse):  # noqa: F811
   card = (out / "README.md").read_text()
   assert "saturation@" in card and json.dumps(str(file)) in card
 
-  sampler = build.samplers(config, built)[0]
+  sampler = samplers.samplers(config, built)[0]
   keys, cond = jax.random.split(jax.random.key(0), 2), {"label": np.zeros(2, np.int32)}
-  params, _ = runs._trained(config, built, workdir)
+  params, _ = trained.params_of(config, built, workdir)
   # Their start is ours: the sampler's own draw.
-  x = torch.from_numpy(np.array(build.prior(built.parts.process, keys, np.zeros((2, 8, 8, 1), np.float32)))
+  x = torch.from_numpy(np.array(samplers.prior(built.parts.process, keys, np.zeros((2, 8, 8, 1), np.float32)))
                        .transpose(0, 3, 1, 2).copy())
   scheduler.set_timesteps(2)
   with torch.no_grad():
