@@ -138,7 +138,8 @@ def test_teacher_is_an_argument(name):
 PROCESSES = {"edm": process.edm(), "flow": process.flow(), "stable_diffusion": process.stable_diffusion()}
 DISTILLATION = [name for name in NAMES if name != "denoising"]
 # The base methods on all of them; of the family each method on one, in turn, since each is a compilation.
-PAIRS = [(name, kind) for i, name in enumerate(DISTILLATION) for j, kind in enumerate(PROCESSES)
+PAIRS = [pytest.param(name, kind, marks=[] if name in BASE else [pytest.mark.slow])
+         for i, name in enumerate(DISTILLATION) for j, kind in enumerate(PROCESSES)
          if name in BASE or i % len(PROCESSES) == j]
 
 
