@@ -21,7 +21,9 @@ from ddil_jax.training import parallel
 
 
 def variant(config: ConfigDict, built: build_lib.Built) -> str:
-  """base, +ddil, +reflected or +ddil+reflected; and the sampling steps that the teacher takes."""
+  """base, +ddil, +reflected or +ddil+reflected; and the sampling steps that the teacher takes. "" of a teacher's run."""
+  if built.objective.name == "denoising":
+    return ""
   own = built.objective.own_source
   # Teacher pairs beside the own states are labels (DMD), no mixture of DDIL.
   ddil = tuple(name for name in built.distribution.sources if name != "pairs" or own == name) != (own,)
@@ -32,10 +34,9 @@ def variant(config: ConfigDict, built: build_lib.Built) -> str:
 
 def what(config: ConfigDict, built: build_lib.Built, sampler: samplers.Sampler) -> dict:
   """What a row is about."""
-  teacher_run = config.objective.name == "denoising"
-  return {"objective": "teacher" if teacher_run else config.objective.name,
-          "variant": "" if teacher_run else variant(config, built), "steps": sampler.steps, "seed": config.seed,
-          "guidance_scale": sampler.guidance_scale}
+  name = built.objective.name
+  return {"objective": "teacher" if name == "denoising" else name, "variant": variant(config, built),
+          "steps": sampler.steps, "seed": config.seed, "guidance_scale": sampler.guidance_scale}
 
 
 def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = None, shift: bool = True,

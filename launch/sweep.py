@@ -52,11 +52,20 @@ def train(trial: Trial, workdir: pathlib.Path) -> None:
       if not expected:
         traceback.print_exc(file=log)
       text = str(error) if expected else f"{type(error).__name__}: {error}"
-      files.write_json(folder / sweeps.FAILED, {
-          "error": " ".join(text.split()), "config": config and config_lib.to_dict(config)})
+      known = {"config": config_lib.to_dict(config), "variant": _variant(config)} if config else {}
+      files.write_json(folder / sweeps.FAILED, {"error": " ".join(text.split())} | known)
       raise
     finally:
       sys.stdout = old
+
+
+def _variant(config) -> str:
+  """What a report calls a run of this config; "not built" where it cannot be."""
+  from ddil_jax import build, measure
+  try:
+    return measure.variant(config, build.build(config))
+  except Exception:  # whatever ended the run may stand in the way here too, and is told already
+    return "not built"
 
 
 def worker(index: int, count: int, todo, outcomes, workdir: str, small: bool) -> None:

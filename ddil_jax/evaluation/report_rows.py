@@ -17,9 +17,6 @@ from ddil_jax.evaluation.report_labels import Setting
 OBJECTIVES = ("teacher", "pd", "cd", "lcm", "dmd2")  # in the order of the tables
 FILES = ("results.json", "metrics.jsonl", "config.json")
 TRIALS, FAILED = "sweep.json", "failed.json"  # of a sweep: what it runs; why a trial ended
-# The states on which a base method trains; the others' are forward states.
-_OWN_SOURCE = {"rf": "pairs", **dict.fromkeys(("dmd2", "sid", "diff_instruct", "dmd", "f_distill", "ladd", "vsd",
-                                              "moment_matching", "gdd"), "student")}
 
 
 class Row(NamedTuple):
@@ -144,38 +141,25 @@ def _failed(path, run, have, missing) -> list[Row]:
   error = " ".join(str(failure.get("error") or "no reason given").partition(";")[0].split())
   try:
     wanted = attempted(config)
-    seed = int(config["seed"])
+    seed, variant = int(config["seed"]), str(failure["variant"])
   except (KeyError, TypeError, ValueError, AttributeError, IndexError):
     missing.append(f"{run.name}: failed before its config was known: {error}")
     return []
   missing += [f"{run.name}: {p}" for p in problems]
   flat = report_labels.flatten(config)
-  return [Row(objective, variant, steps, scale, seed, {}, [], None, None, "", path, run.name, flat, error)
-          for objective, variant, steps, scale in wanted if (objective, steps, scale) not in have]
+  return [Row(objective, variant, steps, scale, seed, {}, [], None, None, "", path, run.name, config=flat, error=error)
+          for objective, steps, scale in wanted if (objective, steps, scale) not in have]
 
 
-def attempted(config: dict) -> list[tuple[str, str, int, float]]:
-  """(objective, variant, steps, guidance scale) of the rows that a run of this config ends with."""
+def attempted(config: dict) -> list[tuple[str, int, float]]:
+  """(objective, steps, guidance scale) of the rows that a run of this config ends with."""
   objective, evaluated, teacher = config["objective"], config["eval"], config["teacher"]
   counts = config["train"]["stages"] or [objective.get("sampler_steps", objective.get("num_steps"))]
   folded = teacher["folded_guidance_scale"]
   scales = [folded or g for g in evaluated["guidance_scales"] or [teacher["guidance_scale"]]]
-  is_teacher = objective["name"] == "denoising"
-  return [("teacher" if is_teacher else objective["name"], "" if is_teacher else _variant(config), int(n), float(g))
+  name = "teacher" if objective["name"] == "denoising" else objective["name"]
+  return [(name, int(n), float(g))
           for count in counts for n in dict.fromkeys([count, *evaluated["sampler_steps"]]) for g in scales]
-
-
-def _variant(config) -> str:
-  states = config["states"]
-  numbers = lambda prior: prior if isinstance(prior, list) else [prior]  # noqa: E731
-  # Of a schedule, its values: ["linear", a, b, fraction], ["piecewise", a, fraction, b, ...].
-  values = lambda p: p[1::2] if p[:1] == ["piecewise"] else p[1:3] if len(p) > 1 else p  # noqa: E731
-  drawn = [s for s in ("forward", "student", "teacher", "dagger", "pairs") if any(values(numbers(states.get(s, 0))))]
-  own = _OWN_SOURCE.get(config["objective"]["name"], "forward")
-  ddil = [name for name in drawn if name != "pairs" or own == name] != [own]  # pairs beside it are labels (DMD)
-  name = "+ddil" * ddil + "+reflected" * (config["reflect"]["kind"] != "identity") or "base"
-  acts = config["eval"].get("teacher_acts")
-  return name + (f"+teacher({','.join(map(str, acts))})" if acts else "")
 
 
 def _json(path, kind, problems):

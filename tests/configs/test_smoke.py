@@ -93,7 +93,7 @@ def test_smoke(name, tmp_path, monkeypatch, capsys):
   counts = {row["steps"] for row in rows}
   # What the report says of a run that failed is what it would have had.
   assert report_rows.attempted(config) == [
-      (row["objective"], row["variant"], row["steps"], row["guidance_scale"]) for row in rows]
+      (row["objective"], row["steps"], row["guidance_scale"]) for row in rows]
   if config["train"]["stages"]:
     assert counts == set(config["train"]["stages"])
   else:

@@ -14,10 +14,17 @@ def row(spec, steps=4, seed=0, scale=1.0, **fields):
   """A row of a run of a real config."""
   overrides = {name.replace("__", "."): str(value) for name, value in (fields | {"seed": seed}).items()}
   config = config_lib.to_dict(config_lib.load(spec, overrides))
-  objective, variant, *_ = report_rows.attempted(config)[0]
-  raw = {"objective": objective, "variant": variant, "steps": steps, "seed": seed, "guidance_scale": scale,
+  objective, *_ = report_rows.attempted(config)[0]
+  raw = {"objective": objective, "variant": variant_of(config), "steps": steps, "seed": seed, "guidance_scale": scale,
          "metrics": {}}
   return report_rows.check(raw, [])._replace(config=report_labels.flatten(config))
+
+
+def variant_of(config) -> str:
+  """What `measure.variant` would say, without building anything."""
+  drawn = [name for name in ("forward", "student", "teacher", "dagger") if config["states"][name] not in (0, 0.0)]
+  own = "student" if config["objective"]["name"] == "dmd2" else "forward"
+  return "+ddil" * (drawn != [own]) + "+reflected" * (config["reflect"]["kind"] != "identity") or "base"
 
 
 def labels(rows):
@@ -80,8 +87,8 @@ def test_every_setting_of_the_study_has_a_label_of_its_own(part):
   for trial in sweep.trials(f"configs/study/{part}.py", {"teacher.path": "teacher"}):
     config = config_lib.to_dict(trial.config())
     flat = report_labels.flatten(config)
-    for objective, variant, steps, scale in report_rows.attempted(config):
-      raw = dict(objective=objective, variant=variant, steps=steps, seed=config["seed"], guidance_scale=scale)
+    for objective, steps, scale in report_rows.attempted(config):
+      raw = dict(objective=objective, variant=variant_of(config), steps=steps, seed=config["seed"], guidance_scale=scale)
       rows.append(report_rows.check(raw, [])._replace(config=flat))
   seen = [(r.group, r.label, r.seed) for r in report_labels.with_settings(rows)]
   assert len(seen) == len(set(seen))

@@ -14,13 +14,14 @@ WHY = "loss or gradient not finite for 3 steps in a row at step 7"
 def write(folder, config, fd=None, steps=(4,), error="", claimed=True):
   """A trial's folder: with results, or with the error that ended it."""
   folder.mkdir(parents=True)
-  plain = config_lib.to_dict(config)
+  plain, variant = config_lib.to_dict(config), "+ddil" if config.states.student else "base"
   if claimed:
     (folder / "config.json").write_text(json.dumps(plain))
   if error:
-    (folder / report_rows.FAILED).write_text(json.dumps({"error": f"{error}; see {folder}", "config": plain}))
+    (folder / report_rows.FAILED).write_text(json.dumps({"error": f"{error}; see {folder}", "config": plain,
+                                                          "variant": variant}))
   if fd is not None:
-    objective, variant, *_ = report_rows.attempted(plain)[0]
+    objective, *_ = report_rows.attempted(plain)[0]
     (folder / "results.json").write_text(json.dumps([
         {"objective": objective, "variant": variant, "steps": n, "seed": config.seed, "guidance_scale": 1.0,
          "metrics": {FD: fd}, "network_evaluations": n, "seconds": 1.0, "samples": "", "shift": []} for n in steps]))
