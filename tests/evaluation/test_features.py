@@ -46,6 +46,9 @@ class WithStatistics(nn.Module):
     return nn.Dense(10)(h), h
 
 
+pytestmark = pytest.mark.xdist_group("features")  # its fixture is made once
+
+
 @pytest.fixture(scope="module")
 def digits():
   data = load_digits()

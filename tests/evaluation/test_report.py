@@ -12,6 +12,7 @@ import scipy.stats
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, report, report_rows
 
+pytestmark = pytest.mark.xdist_group("report")  # its fixture is made once
 FD = "fd@2000/test/digits-cnn-1a2b3c4d"
 REST = {"kd": .0021, "precision": .91, "recall": .88, "density": 1.1, "coverage": .93}
 # Made-up distances by seed: +ddil always lower, +reflected always higher, both of mixed sign.

@@ -24,6 +24,9 @@ from tests.parity.test_diffusers_models import QUICK, SD15, diffusers, randomise
 STEPS, SHAPE = 4, (2, 8, 8, 4)
 
 
+pytestmark = pytest.mark.xdist_group("diffusers_folders")  # its fixture is made once
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
   """Folder of teacher, student (`trained`; its guidance embedding has learned something), and the exports."""

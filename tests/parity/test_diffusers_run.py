@@ -12,6 +12,7 @@ from ddil_jax.main import main
 from tests.parity.test_diffusers_models import diffusers, randomise, torch
 from tests.running import SHORT, refuse, shared  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.xdist_group("diffusers_run")  # its fixture is made once
 TEACHER = dict(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(4,), layers_per_block=1,
                norm_num_groups=2, mid_block_type=None, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
 OPTIONS = ("--config.process.name=ddpm", "--config.prediction.name=eps", "--config.grid.name=ddim",

@@ -19,14 +19,16 @@ def test_averages_follow_the_students_updates(period):
   objective = dmd2.make(parts, num_steps=2, period=period)
   states = building.on_policy(building.sources(parts, objective)["forward"])
   decays = {"constant": 0.9, "warm": optim.warm_ema(0.3)}
-  teacher = toys.toy_init(jax.random.key(7))
-  state, _ = building.run(objective, states, teacher, steps=0, decays=decays)
+  optimizers, teacher = {p.name: optax.sgd(1.0) for p in objective.players}, toys.toy_init(jax.random.key(7))
+  runner = make_runner("single", lambda layout: make_train_step(objective, states, optimizers, decays, 8, layout=layout), 8)
+  frozen = runner.place_frozen({"teacher": teacher})
+  state = runner.place(init_state(objective, states, optimizers, decays, jax.random.key(0), teacher, toys.toy_batch()))
   expected = dict.fromkeys(decays, np.asarray(state.params["student"]["W1"], np.float64))
   updates = 0
   for step in range(6):
     before = jax.tree.map(np.array, state.ema)  # the step frees what it is given
-    state, _ = building.run(objective, states, teacher, steps=1, start=state, first=step, decays=decays,
-                            optimizer=optax.sgd(1.0))
+    state, _ = runner.step(state, frozen, runner.place_batch(toys.toy_batch(8, step)), jax.random.key(1),
+                           due_players(objective, step))
     if step % period:
       assert all((state.ema[name]["W1"] == before[name]["W1"]).all() for name in decays)
       continue
