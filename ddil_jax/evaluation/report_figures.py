@@ -164,14 +164,15 @@ def _of_training(runs, panels, what, paint, legend):
   return figures
 
 
-def scale(axis, values):
-  """A logarithmic axis where the values span much, with ticks at 1, 2, 5 as plain numbers."""
+def scale(axis, values, of="y"):
+  """A logarithmic axis where the values span much, with ticks at 1, 2, 5 as plain numbers; `of` is x or y."""
+  ticks = axis.xaxis if of == "x" else axis.yaxis
   if min(values) > 0 and max(values) > 5 * min(values):
-    axis.set_yscale("log")
+    axis.set(**{f"{of}scale": "log"})
     subs = (1, 2, 5) if max(values) < 500 * min(values) else (1,)
-    axis.yaxis.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
-    axis.yaxis.set_minor_locator(ticker.NullLocator())
-  axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:.4g}"))
+    ticks.set_major_locator(ticker.LogLocator(subs=subs, numticks=8))
+    ticks.set_minor_locator(ticker.NullLocator())
+  ticks.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:.4g}"))
 
 
 def _title(run) -> str:

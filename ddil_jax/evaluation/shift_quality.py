@@ -16,7 +16,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from ddil_jax.evaluation import statistics
-from ddil_jax.evaluation.report_figures import SOURCES, STYLE, Drawing
+from ddil_jax.evaluation.report_figures import SOURCES, STYLE, Drawing, scale
 
 # What is correlated with the distance: (pair of the shift's rows, at the clean end only) -> words.
 PREDICTORS = {("student_forward", False): "student to forward marginal, mean over times",
@@ -54,6 +54,8 @@ class Found(NamedTuple):
 def points(rows: Iterable[tuple[str, dict]]) -> list[Point]:
   """Settings of rows of `results.json`; rows without shift or distance (diverged, a teacher's) are left out.
 
+  A setting that is there twice, by other names but with the same numbers, counts once: it is one pair, not two.
+
   Args:
     rows: (name of the setting without its seed, row).
   """
@@ -64,9 +66,10 @@ def points(rows: Iterable[tuple[str, dict]]) -> list[Point]:
       continue
     group = (row["objective"], float(row["guidance_scale"]), row["steps"])
     seen[group, name].append(({p: _shift(row["shift"], *p) for p in PREDICTORS}, distance[0]))
-  return [Point(group, name, {p: float(np.mean([shift[p] for shift, _ in of])) for p in PREDICTORS},
-                float(np.mean([distance for _, distance in of])), len(of))
-          for (group, name), of in sorted(seen.items())]
+  found = [Point(group, name, {p: float(np.mean([shift[p] for shift, _ in of])) for p in PREDICTORS},
+                 float(np.mean([distance for _, distance in of])), len(of))
+           for (group, name), of in sorted(seen.items())]
+  return list({(point.group, point.distance, *point.shift.values()): point for point in reversed(found)}.values())[::-1]
 
 
 def _shift(times, pair, last) -> float:
@@ -120,8 +123,9 @@ def draw(found: list[Point]) -> Drawing:
         of = [point for point in found if point.group == group]
         axis.plot([p.shift[predictor] for p in of], [p.distance for p in of], marks[group], color=paint[group],
                   alpha=0.7, label=_title(group))
-      positive = all(point.shift[predictor] > 0 for point in found)
-      axis.set(xscale="log" if positive else "linear", yscale="log", xlabel=f"SW₂, {words}", ylabel="Fréchet distance")
+      axis.set(xlabel=f"SW₂, {words}", ylabel="Fréchet distance")
+      scale(axis, [point.shift[predictor] for point in found], "x")
+      scale(axis, [point.distance for point in found])
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
   return Drawing("shift_quality", "Fréchet distance against covariate shift",

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ddil_jax.evaluation import statistics
-from ddil_jax.evaluation.report_figures import STYLE, Drawing, styles
+from ddil_jax.evaluation.report_figures import STYLE, Drawing, scale, styles
 from ddil_jax.evaluation.report_table import fmt
 
 
@@ -91,7 +91,8 @@ def draw(found: list[Mixed]) -> Drawing:
           axis.errorbar(m.evaluations, m.interval.mean, yerr=m.interval.half, fmt="o" if m.acts else "s", color=colour)
           axis.annotate(_steps(m), (m.evaluations, m.interval.mean), color=colour, fontsize=6,
                         textcoords="offset points", xytext=(4, 3 - 9 * (i % 2)))
-      axis.set(title=_title(student), xlabel="network evaluations of a sample", ylabel="Fréchet distance", yscale="log")
+      axis.set(title=_title(student), xlabel="network evaluations of a sample", ylabel="Fréchet distance")
+      scale(axis, [m.interval.mean for m in found if m.student == student])
       axis.margins(x=0.15)
     for axis in list(axes):
       axis.remove()

@@ -35,6 +35,8 @@ def test_points_are_means_over_seeds():
   assert point.distance == pytest.approx(4) and point.shift[CLEAN] == pytest.approx(0.13)
   assert point.shift["student_forward", False] == pytest.approx(0.13 * 0.25)
   assert point.shift["student_forward", True] == 0
+  twice = [*rows(), *(("again-" + name, row) for name, row in rows() if name == "pd-3")]
+  assert len(shift_quality.points(twice)) == 13  # the same runs by another name
 
 
 def test_correlations_are_those_of_the_groups():
