@@ -58,8 +58,9 @@ def test_console_of_a_run(teacher):
   lines = done.stdout.splitlines()
   assert lines[0] == "fake/train: 256 images 8x8x1, values -1 to 1, 10 classes of 25 to 26"
   assert lines[1].startswith("denoising: ") and "parameters in the student" in lines[1]
-  assert lines[2].startswith("teacher 1/2 (50%)  loss ")
-  assert lines[3].startswith("teacher 2/2 (100%)  loss ") and "steps/s" in lines[3] and "in all" in lines[3]
+  assert lines[2].startswith("first step after ") and "compiling" in lines[2]
+  assert lines[3].startswith("teacher 1/2 (50%)  loss ")
+  assert lines[4].startswith("teacher 2/2 (100%)  loss ") and "steps/s" in lines[4] and "in all" in lines[4]
   made = {p.name for p in workdir.iterdir()}
   assert {"config.json", "versions.json", "checkpoints", "metrics.jsonl", "tensorboard", "samples",
           "results.json"} <= made

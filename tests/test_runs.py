@@ -78,7 +78,8 @@ def test_killed_and_continued(tmp_path, trained, capsys):  # noqa: F811
   assert results[0]["metrics"] == results[1]["metrics"]
 
 
-@pytest.mark.parametrize("method, number", [("teacher", signal.SIGTERM), ("lcm", signal.SIGINT)])
+@pytest.mark.parametrize("method, number", [
+    ("teacher", signal.SIGTERM), pytest.param("lcm", signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopped_and_continued(tmp_path, trained, refuse, monkeypatch, method, number):  # noqa: F811
   """A signal: the step is finished and saved, exit code 130; the same command goes on to the same bits."""
   command = ("train", f"--config=configs/digits_{method}.py:smoke", *FOUR, "--config.train.checkpoint_every=0")

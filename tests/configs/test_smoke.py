@@ -72,7 +72,8 @@ def test_sweep(name):
 
 
 # Of the others every step is traced above; their runs are compiled in `make test-all`.
-RUNS = [pytest.param(name, marks=[] if name in FULL else [pytest.mark.slow]) for name in NAMES]
+QUICK = [name for name in FULL if name != "digits_cd"]
+RUNS = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", RUNS)
