@@ -124,6 +124,15 @@ def reflected(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def trajectory(config: ConfigDict, **objective) -> ConfigDict:
+  """What methods that learn from the teacher at a state share on digits: how long and how fast, what is sampled."""
+  config.objective = ConfigDict(objective)
+  config.optimizer.update(name="adam", learning_rate=5e-4)
+  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
+  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  return config
+
+
 def generator(config: ConfigDict, **objective) -> ConfigDict:
   """What methods that train a generator against a critic share on digits: its own states, and how long."""
   config.objective = ConfigDict(objective)

@@ -11,12 +11,10 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="cd", num_scales=17, sampler_steps=4, distance="l2", weight="constant",
-                                     solver="ddim", target_decay=0.0))
-  config.optimizer.update(name="radam", learning_rate=4e-4, schedule="constant")
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2,))
+  config = common.trajectory(digits(common.common()), name="cd", num_scales=17, sampler_steps=4, distance="l2",
+                             weight="constant", solver="ddim", target_decay=0.0)
+  config.optimizer.update(name="radam", learning_rate=4e-4)
+  config.eval.sampler_steps = (2,)
   return common.apply(config, arg)
 
 

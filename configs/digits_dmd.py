@@ -18,13 +18,9 @@ def ddil(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="dmd", num_steps=1, regression=0.5, distance="l2", critic_weight="v_mse",
-                                     weight_cap=20.0))
-  config.states.update(forward=0.0, student=0.5, pairs=0.5)
-  config.optimizer.update(name="adam", learning_rate=4e-4, critic_learning_rate=1e-3, schedule="linear")
-  config.train.update(steps=1000, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.ema = "0.99"
+  config = common.generator(digits(common.common()), name="dmd", num_steps=1, regression=0.5, distance="l2",
+                            critic_weight="v_mse", weight_cap=20.0)
+  config.states.update(student=0.5, pairs=0.5)
   return common.apply(config, arg, {"ddil": ddil})
 
 

@@ -12,12 +12,9 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="ect", num_scales=32, sampler_steps=4, from_data=True, stage_steps=100, q=2.0,
-                                     ratio_limit=0.999, huber_c=0.06, weight="default"))
-  config.optimizer.update(name="radam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  config = common.trajectory(digits(common.common()), name="ect", num_scales=32, sampler_steps=4, from_data=True,
+                             stage_steps=100, q=2.0, ratio_limit=0.999, huber_c=0.06, weight="default")
+  config.optimizer.name = "radam"
   return common.apply(config, arg)
 
 

@@ -15,14 +15,11 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="guided", num_scales=32, sampler_steps=8, guidance_range=(1.0, 5.0),
-                                     weight="v_mse", weight_cap=1e4))
+  config = common.trajectory(digits(common.common()), name="guided", num_scales=32, sampler_steps=8,
+                             guidance_range=(1.0, 5.0), weight="v_mse", weight_cap=1e4)
   config.model.guidance_embedding = 32
   config.teacher.guidance_scale = 3.0  # at which it is evaluated
-  config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(4,))
+  config.eval.sampler_steps = (4,)
   return common.apply(config, arg)
 
 

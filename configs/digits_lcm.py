@@ -19,12 +19,9 @@ def guided(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="lcm", num_scales=16, sampler_steps=4, distance="l2", huber_c=1e-3,
-                                     target_decay=0.95, guidance_range=()))
-  config.optimizer.update(name="adam", learning_rate=5e-4, schedule="constant")
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2,))
+  config = common.trajectory(digits(common.common()), name="lcm", num_scales=16, sampler_steps=4, distance="l2",
+                             huber_c=1e-3, target_decay=0.95, guidance_range=())
+  config.eval.sampler_steps = (2,)
   return common.apply(config, arg, {"guided": guided})
 
 

@@ -12,13 +12,9 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="meanflow", num_scales=32, sampler_steps=4, from_data=False, same_share=0.5,
-                                     power=1.0, constant=1e-3))
+  config = common.trajectory(digits(common.common()), name="meanflow", num_scales=32, sampler_steps=4,
+                             from_data=False, same_share=0.5, power=1.0, constant=1e-3)
   config.model.end_time_embedding = 32
-  config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
   return common.apply(config, arg)
 
 

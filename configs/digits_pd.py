@@ -17,13 +17,11 @@ def guided(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="pd", num_steps=4, weight="snr_trunc", snr_cap=1e6))
+  config = common.trajectory(digits(common.common()), name="pd", num_steps=4, weight="snr_trunc", snr_cap=1e6)
   # Student steps of each stage; the student of one stage is the teacher of the next.
   config.train.stages = (4, 2)
-  config.optimizer.update(name="adam", learning_rate=5e-4, schedule="linear")
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.ema = "0.99"
+  config.optimizer.schedule = "linear"
+  config.eval.sampler_steps = ()
   config.states.teacher_steps = 16
   return common.apply(config, arg, {"guided": guided})
 

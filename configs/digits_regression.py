@@ -12,11 +12,7 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="regression", num_steps=4, label_steps=8))
-  config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  config = common.trajectory(digits(common.common()), name="regression", num_steps=4, label_steps=8)
   return common.apply(config, arg)
 
 

@@ -15,12 +15,8 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="rf", num_scales=32, sampler_steps=4, distance="l2"))
+  config = common.trajectory(digits(common.common()), name="rf", num_scales=32, sampler_steps=4, distance="l2")
   config.states.update(forward=0.0, pairs=1.0, replay=False)
-  config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
   return common.apply(config, arg)
 
 

@@ -12,12 +12,9 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="scm", num_scales=32, sampler_steps=4, from_data=False, warmup_steps=100,
-                                     constant=0.1, sigma_data=0.5))
-  config.optimizer.update(name="radam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  config = common.trajectory(digits(common.common()), name="scm", num_scales=32, sampler_steps=4, from_data=False,
+                             warmup_steps=100, constant=0.1, sigma_data=0.5)
+  config.optimizer.name = "radam"
   return common.apply(config, arg)
 
 

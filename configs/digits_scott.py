@@ -12,12 +12,8 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="scott", num_scales=17, sampler_steps=4, solver_steps=3, eta=0.3,
-                                     distance="l2", weight="constant", target_decay=0.95))
-  config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  config = common.trajectory(digits(common.common()), name="scott", num_scales=17, sampler_steps=4, solver_steps=3,
+                             eta=0.3, distance="l2", weight="constant", target_decay=0.95)
   return common.apply(config, arg)
 
 

@@ -13,13 +13,10 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="tcm", num_scales=32, sampler_steps=4, transition=1.0, ratio=0.9,
-                                     boundary_share=0.25, boundary_weight=0.1, huber_c=0.06))
+  config = common.trajectory(digits(common.common()), name="tcm", num_scales=32, sampler_steps=4, transition=1.0,
+                             ratio=0.9, boundary_share=0.25, boundary_weight=0.1, huber_c=0.06)
   config.teacher.ema = "0.99"
-  config.optimizer.update(name="radam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(2, 1))
+  config.optimizer.name = "radam"
   return common.apply(config, arg)
 
 

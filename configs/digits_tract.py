@@ -12,12 +12,9 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="tract", num_steps=2, block_size=8, weight="snr_trunc", snr_cap=1e4,
-                                     self_decay=0.5, solver="ddim"))
-  config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=300, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.update(ema="0.99", sampler_steps=(1,))
+  config = common.trajectory(digits(common.common()), name="tract", num_steps=2, block_size=8, weight="snr_trunc",
+                             snr_cap=1e4, self_decay=0.5, solver="ddim")
+  config.eval.sampler_steps = (1,)
   return common.apply(config, arg)
 
 

@@ -14,11 +14,9 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = digits(common.common())
-  config.objective = ConfigDict(dict(name="ufogen", num_steps=4, num_scales=64, reconstruction=1.0, snr_cap=20.0))
-  config.optimizer.update(name="adam", learning_rate=4e-4, critic_learning_rate=1e-3, schedule="linear")
-  config.train.update(steps=1000, batch_size=64, log_every=50, ema=(0.99,))
-  config.eval.ema = "0.99"
+  config = common.generator(digits(common.common()), name="ufogen", num_steps=4, num_scales=64, reconstruction=1.0,
+                            snr_cap=20.0)
+  config.states.update(forward=1.0, student=0.0)
   return common.apply(config, arg)
 
 

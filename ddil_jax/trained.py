@@ -26,7 +26,8 @@ def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds
   """Evaluates, and writes `results.json` and `samples/`."""
   first = processes.is_first()
   rows = measure_lib.measure(config, built, params, teacher, workdir / "samples" if first else None, seconds=seconds)
-  rows = [row | {"teacher": _original_teacher(config, teacher)} for row in rows]
+  identity = _original_teacher(config, teacher)
+  rows = [row | {"teacher": identity} for row in rows]
   if first:
     files.write_json(workdir / "results.json", rows)
   return rows

@@ -92,11 +92,9 @@ def worker(index: int, count: int, todo, outcomes, workdir: str, small: bool) ->
 
 
 def compile_cache(workdir: pathlib.Path) -> None:
-  """Compiled programs are kept in the work directory, also the small ones."""
-  import jax
-  jax.config.update("jax_compilation_cache_dir", str(workdir.resolve() / ".jax_cache"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  """Compiled programs are kept in the work directory, where they go with it; also the small ones, which are many."""
+  from ddil_jax.training import compiling
+  compiling.keep_programs(str(workdir.resolve() / ".jax_cache"), least_seconds=0)
 
 
 def _stop_with_parent():

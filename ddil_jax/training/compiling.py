@@ -12,12 +12,11 @@ from ddil_jax.errors import UsageError
 
 FOLDER = "DDIL_COMPILE_CACHE"  # the variable that names the folder, or says "off"
 OFF = "off"
-_LEAST_SECONDS = 0.1  # of compiling: what is quicker is not worth a file
 _COMPILE = "/jax/core/compile/backend_compile_duration"  # the time of a hit counts too
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
-def keep_programs(folder: str = "") -> str:
+def keep_programs(folder: str = "", least_seconds: float = 0.1) -> str:
   """Keeps compiled programs in a folder, from which later processes take them.
 
   A cache that JAX was told of already (`JAX_COMPILATION_CACHE_DIR`) stays. It is no error when there is no place
@@ -25,6 +24,7 @@ def keep_programs(folder: str = "") -> str:
 
   Args:
     folder: "" is $DDIL_COMPILE_CACHE, or else ddil_jax/compiled in the user's cache folder; "off" keeps nothing.
+    least_seconds: what compiles faster is not worth a file.
 
   Returns:
     The folder, "" where nothing is kept.
@@ -50,7 +50,7 @@ def keep_programs(folder: str = "") -> str:
                        f" written to, or {OFF}") from None
     return ""
   jax.config.update("jax_compilation_cache_dir", str(place))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", least_seconds)
   return str(place)
 
 

@@ -54,8 +54,7 @@ def test_a_second_start_takes_its_programs_from_there(no_cache, tmp_path):
     jax.config.update(name, 0 if name == FIELDS[1] else -1)  # so small a program is kept too
   x = jnp.arange(3.0)
 
-  def start():
-    jax.clear_caches()
+  def start():  # a function that is new to JAX each time, as in a new process
     with compiling.tally() as found:
       jax.jit(lambda x: jnp.sin(x) * 2 + 5)(x).block_until_ready()
     return found

@@ -46,15 +46,21 @@ def parts(case):
       case.check(name, prediction.convert(out, z, alpha, sigma, source, target))
 
 
-def lcm(case):
+def skipped(case):
+  """(process, times from which, times to which) of a training batch; their indices are checked."""
   hyper = case.hyper
-  process = processes.discrete(case.table("alphas_cumprod"))
   times = grids.lcm_training_timesteps(hyper["num_ddim_timesteps"], hyper["num_train_timesteps"])
   start = times[case["index"]]
   end = grids.lcm_training_previous(times, hyper["num_train_timesteps"])[case["index"]]
   case.check("start_timesteps", start)
   case.check("timesteps", end)
-  t, s = jnp.asarray(start, case.dtype), jnp.asarray(end, case.dtype)
+  return (processes.discrete(case.table("alphas_cumprod")), jnp.asarray(start, case.dtype),
+          jnp.asarray(end, case.dtype))
+
+
+def lcm(case):
+  hyper = case.hyper
+  process, t, s = skipped(case)
   scaling = hyper["timestep_scaling"], hyper["sigma_data"]
   for name, time in (("_start", t), ("", s)):
     c_skip, c_out = lcm_scalings(time, hyper["sigma_data"], hyper["timestep_scaling"])

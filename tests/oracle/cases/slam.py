@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ddil_jax.diffusion import distance, grids, prediction, transforms
+from ddil_jax.diffusion import distance, prediction, transforms
 from ddil_jax.diffusion import process as processes
 from ddil_jax.diffusion.prediction import make_denoiser
 from ddil_jax.diffusion.process import add_noise
@@ -12,18 +12,13 @@ from ddil_jax.objectives.base import bind
 from ddil_jax.objectives.lcm import consistency_function
 from ddil_jax.objectives.slam import slam_loss
 from tests.oracle import toy
+from tests.oracle.cases.lcm import skipped
 from tests.oracle.cases.samplers import PREDICTIONS
 
 
 def slam(case):
   hyper = case.hyper
-  process = processes.discrete(case.table("alphas_cumprod"))
-  times = grids.lcm_training_timesteps(hyper["num_ddim_timesteps"], hyper["num_train_timesteps"])
-  start = times[case["index"]]
-  end = grids.lcm_training_previous(times, hyper["num_train_timesteps"])[case["index"]]
-  case.check("start_timesteps", start)
-  case.check("timesteps", end)
-  t, s, gamma = jnp.asarray(start, case.dtype), jnp.asarray(end, case.dtype), case["gamma"]
+  (process, t, s), gamma = skipped(case), case["gamma"]
   cond = {"embedding": case["prompt_embeds"]}
   null = lambda cond: {**cond, "embedding": case["uncond_prompt_embeds"]}  # noqa: E731
   head = prediction.make(PREDICTIONS[hyper["prediction_type"]])
