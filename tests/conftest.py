@@ -7,7 +7,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_llvm_disable_expensive_passes=true"
+    + " --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false --xla_cpu_use_xnnpack=false"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["DDIL_COMPILE_CACHE"] = "off"  # nothing is left in the user's folders
