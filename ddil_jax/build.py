@@ -140,9 +140,11 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
   try:
     results.check(config.eval.metrics, config.eval.num_samples, images, evaluation_options(config))
     check_networks(config, built.parts.image_shape)
-    if config.eval.get("lpips", "") and config.eval.num_samples < 2 * built.parts.num_classes:
-      raise UsageError(f"LPIPS-diversity needs 2 samples of each of the {built.parts.num_classes} classes;"
-                       f" num_samples is {config.eval.num_samples}")
+    halved = evaluation_options(config).bootstrap > 0
+    least = 4 if halved else 2
+    if config.eval.get("lpips", "") and config.eval.num_samples < least * built.parts.num_classes:
+      raise UsageError(f"LPIPS-diversity needs {least} samples of each of the {built.parts.num_classes} classes"
+                       f"{', as the bootstrap halves them' * halved}; num_samples is {config.eval.num_samples}")
   except UsageError as error:
     raise UsageError(f"config.eval: {error}") from None
 

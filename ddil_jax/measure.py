@@ -100,14 +100,16 @@ class _First:
 def measure_images(config, batches, num: int, labels, reference: ImageSet, name: str, networks: "Networks",
                    metrics) -> results.Measured:
   """Metrics of `num` images in batches against a reference of that name."""
-  diversity = perceptual.LpipsDiversity(networks.lpips, labels)
+  options = build_lib.evaluation_options(config)
+  diversity = perceptual.LpipsDiversity(networks.lpips, labels, options)
   measured = results.evaluate(batches if networks.lpips is None else diversity.tap(batches), labels, reference, name,
-                              networks.extractor, metrics, cache_dir(config), build_lib.evaluation_options(config),
-                              networks.judge)
+                              networks.extractor, metrics, cache_dir(config), options, networks.judge)
   if networks.lpips is None:
     return measured
-  of_lpips = results.MetricName("lpips_diversity", num, extractor=networks.lpips.name)
-  return measured._replace(values=measured.values | {str(of_lpips): diversity.value()})
+  of_lpips = str(results.MetricName("lpips_diversity", num, extractor=networks.lpips.name))
+  interval = diversity.interval()
+  return results.Measured(measured.values | {of_lpips: diversity.value()},
+                          measured.intervals | ({of_lpips: interval} if interval else {}))
 
 
 def draw_with(sampler: samplers.Sampler, params, teacher=None):

@@ -57,24 +57,26 @@ def measured(**fields) -> dict[str, tuple[str, float]]:
   params = jax.tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape).astype(np.float32),
                         built.parts.init_student(jax.random.key(0), None))
   row, = measure.measure(config, built, params, None, shift=False)
+  assert row["intervals"].keys() == (row["metrics"].keys() if config.eval.bootstrap else set())
+  assert all(i["low"] <= row["metrics"][name] <= i["high"] for name, i in row["intervals"].items())
   return {name.partition("@")[0]: (name.partition("@")[2], value) for name, value in row["metrics"].items()}
 
 
 def test_published_weights(shared, small_clip, alex):  # noqa: F811
   """They give the features; whether the class is right is still for the small classifier to say."""
   fields = dict(metrics=("fd", "class_accuracy", "saturation"), extractor=f"clip:{small_clip}",
-                lpips=f"lpips-alex:{alex}")
+                lpips=f"lpips-alex:{alex}", num_samples=48)
   values = measured(**fields)
   train = values["fd"][0].split("/")[1]  # a published network does not say which train split that is
   assert re.fullmatch("fake-train-[0-9a-f]{8}", train)
   assert {metric: by.rpartition("-")[0] for metric, (by, _) in values.items()} == {
-      "fd": f"24/{train}/clip-uint8", "class_accuracy": "24/-/fake-cnn", "saturation": "24/-/",
-      "lpips_diversity": "24/-/lpips-alex-uint8"}
+      "fd": f"48/{train}/clip-uint8", "class_accuracy": "48/-/fake-cnn", "saturation": "48/-/",
+      "lpips_diversity": "48/-/lpips-alex-uint8"}
   assert values["fd"][1] > 0 and 0 < values["lpips_diversity"][1] < 10
-  raw = measured(**fields, quantise=False)
-  assert raw["fd"][0].startswith(f"24/{train}/clip-float-") and raw["lpips_diversity"][0].startswith("24/-/lpips-alex-fl")
+  raw = measured(**fields, quantise=False, bootstrap=5)
+  assert raw["fd"][0].startswith(f"48/{train}/clip-float-") and raw["lpips_diversity"][0].startswith("48/-/lpips-alex-fl")
   assert 0 < abs(raw["lpips_diversity"][1] / values["lpips_diversity"][1] - 1) < 0.1
-  alone = measured(metrics=("class_accuracy",))
+  alone = measured(metrics=("class_accuracy",), num_samples=48)
   assert raw["class_accuracy"] == values["class_accuracy"] == alone["class_accuracy"]
 
 
@@ -115,6 +117,9 @@ def test_refusals_before_training(refuse, small_clip, alex, tmp_path):  # noqa: 
   said = line(f"extractor=clip:{small_clip}", "metrics=('inception_score','inception_score_std')", "num_samples=20")
   assert "needs logits" in said and "clip-uint8" in said
   assert "lpips-alex:FILE" in line(f"lpips=clip:{small_clip}")
+  said = refuse("train", *TEACHER, f"--workdir={tmp_path / 'w'}", f"--config.eval.lpips=lpips-alex:{alex}",
+                "--config.data.image_size=32", "--config.eval.num_samples=39", "--config.eval.bootstrap=5")
+  assert "needs 4 samples of each of the 10 classes, as the bootstrap halves them; num_samples is 39" in said
   assert "images of 8x8 pixels are too small" in line(f"lpips=lpips-alex:{alex}")
   (tmp_path / "short").write_bytes(alex.read_bytes()[:-9])
   assert "short is damaged" in line(f"lpips=lpips-alex:{tmp_path / 'short'}")

@@ -5,8 +5,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation import checks
+from ddil_jax.evaluation import bootstrap as bs, checks
 from ddil_jax.evaluation.features import Extractor
+from ddil_jax.evaluation.results import Options
+
+_SKETCH = 512
 
 
 class LpipsDiversity:
@@ -15,18 +18,22 @@ class LpipsDiversity:
       mean_c mean_{i < j, c_i = c_j = c} |e_i - e_j|^2 = mean_c 2 / (n_c - 1) (sum_i |e_i|^2 - n_c |mean_i e_i|^2)
 
   since LPIPS is the squared distance of embeddings (`models/lpips.py`): all pairs count, none is formed. What is kept
-  is one embedding and one number per condition.
+  is one embedding and one number per condition; for an interval also 512 numbers per image: sums of its embedding's
+  entries with random signs, whose squared distances are those of the embeddings within sqrt(2 / 512) = 6 %.
 
   Args:
     extractor: of LPIPS embeddings.
     labels: int [N], the condition of each image over all batches; None: all have the same.
+    options: `bootstrap` and `seed` of the interval are used.
 
-  Source: DDIL (arXiv 2410.11971), evaluation of diversity; Zhang et al. 2018 (arXiv 1801.03924).
+  Source: DDIL (arXiv 2410.11971), evaluation of diversity; Zhang et al. 2018 (arXiv 1801.03924);
+  for the sums Achlioptas 2003, Database-friendly random projections (JCSS 66).
   """
 
-  def __init__(self, extractor: Extractor, labels=None):
-    self._extractor, self._labels = extractor, labels
+  def __init__(self, extractor: Extractor, labels=None, options: Options = Options()):
+    self._extractor, self._labels, self._options = extractor, labels, options
     self._seen, self._of = 0, {}  # condition -> (n, sum of e [D], sum of |e|^2)
+    self._sketches = []  # of each batch [B,512]
 
   def tap(self, batches: Iterable) -> Iterator:
     """Passes batches of images [B,H,W,C] in [-1, 1] on, and takes them in."""
@@ -41,6 +48,8 @@ class LpipsDiversity:
     labels = np.zeros(len(e), int) if self._labels is None else np.asarray(self._labels)[start:self._seen]
     if len(labels) != len(e):
       raise UsageError(f"{len(self._labels)} labels of at least {self._seen} images")
+    if self._options.bootstrap:
+      self._sketches.append(_sketch(e))
     for c in np.unique(labels):
       part = e[labels == c]
       n, total, square = self._of.get(c, (0, 0.0, 0.0))
@@ -58,6 +67,29 @@ class LpipsDiversity:
         raise UsageError(f"LPIPS-diversity needs at least 2 images of each condition; condition {c} has {n}")
       means.append(max(0.0, 2 / (n - 1) * (square - float(np.vdot(total, total)) / n)))
     return float(np.mean(means))
+
+  def interval(self) -> bs.Interval | None:
+    """Of the value, from half-samples; None without bootstrap. Raises UsageError for fewer than 4 images of a condition."""
+    if not self._options.bootstrap:
+      return None
+    value, s = self.value(), np.concatenate(self._sketches).astype(np.float64)
+    labels = np.zeros(len(s), int) if self._labels is None else np.asarray(self._labels)
+    for c, (n, *_) in sorted(self._of.items()):
+      if n < 4:
+        raise UsageError(f"an interval of LPIPS-diversity needs at least 4 images of each condition; condition {c} has {n}")
+    keep = bs.half_samples(len(s), self._options.bootstrap, self._options.seed, labels)
+    parts = [s[labels == c] - s[labels == c].mean(axis=0) for c in sorted(self._of)]
+    halves = [keep[:, labels == c].astype(float) for c in sorted(self._of)]
+    draws = [2 / (w.sum(axis=1) - 1) * (w @ np.square(x).sum(axis=1) - np.square(w @ x).sum(axis=1) / w.sum(axis=1))
+             for x, w in zip(parts, halves)]
+    return bs.interval(value, np.mean(draws, axis=0))
+
+
+def _sketch(e):
+  """Sums [B,512] of every 512th entry of e [B,D], with signs that are the same for all."""
+  signs = np.random.default_rng(0).choice(np.float32([-1, 1]), e.shape[1])
+  signed = np.pad(e * signs, ((0, 0), (0, -e.shape[1] % _SKETCH)))
+  return signed.reshape(len(e), -1, _SKETCH).sum(axis=1).astype(np.float32)
 
 
 def clip_score(image_features, text_features) -> float:

@@ -8,6 +8,7 @@ import pytest
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import perceptual
 from ddil_jax.evaluation.features import Extractor
+from ddil_jax.evaluation.results import Options
 
 EXTRACTOR = Extractor("flat-0", 0, lambda x: (x.reshape(len(x), -1)[:, :0], 3 + x.reshape(len(x), -1)))
 
@@ -35,6 +36,33 @@ def test_diversity_is_the_mean_over_all_pairs():
   wanted = np.mean([by_pairs(x[labels == c]) for c in range(3)])
   assert lpips_diversity(batches, labels) == pytest.approx(wanted, rel=1e-6)
   assert lpips_diversity([x], labels) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_its_interval_is_as_wide_as_the_values_of_other_samples_scatter():
+  rng, labels = np.random.default_rng(1), np.arange(200) % 2
+  values, widths = [], []
+  for _ in range(40):
+    # The mean is far larger than what differs, as in real embeddings.
+    x = (20 + rng.standard_normal((200, 8, 8, 12)) * rng.gamma(2, 1, (200, 1, 1, 1))).astype(np.float32)
+    measure = perceptual.LpipsDiversity(EXTRACTOR, labels, Options(bootstrap=40))
+    for i in range(0, 200, 50):
+      measure.add(x[i:i + 50])
+    interval = measure.interval()
+    assert interval.low < measure.value() < interval.high
+    values.append(measure.value())
+    widths.append(interval.high - interval.low)
+  # 1.96 standard deviations to each side; that of 40 values is known to 11 %.
+  assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(values, ddof=1), rel=0.25)
+
+
+def test_interval_refuses():
+  measure = perceptual.LpipsDiversity(EXTRACTOR, np.array([0] * 4 + [1] * 3), Options(bootstrap=5))
+  measure.add(images(7))
+  with pytest.raises(UsageError, match="at least 4 images of each condition; condition 1 has 3"):
+    measure.interval()
+  measure = perceptual.LpipsDiversity(EXTRACTOR)
+  measure.add(images(7))
+  assert measure.interval() is None
 
 
 def test_equal_images_have_none():
