@@ -8,15 +8,12 @@ The manifest is JSON, which kubectl takes as it takes YAML. When a pod fails the
 without it; all are made again and continue from the last checkpoint. Wrong usage (exit code 2) ends the Job.
 """
 
-import argparse
 import json
-import pathlib
 import re
-import shlex
 import sys
 
-from ddil_jax import files
 from ddil_jax.errors import UsageError
+from launch import rendering
 from launch.local import checked_arguments
 
 PORT = 8476
@@ -61,28 +58,19 @@ def manifest(arguments: list[str], name: str, image: str, claim: str, pods: int,
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code."""
-  args = argparse.ArgumentParser(prog="launch.k8s", description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  args = rendering.parser("launch.k8s", __doc__, "run.json")
   args.add_argument("--name", required=True)
   args.add_argument("--image", required=True, help="a container image with this project installed")
   args.add_argument("--claim", required=True, help="a volume claim for all pods, mounted at /data")
   args.add_argument("--pods", type=int, default=1)
   args.add_argument("--gpus", type=int, default=1, help="of each pod; 0 for none")
-  args.add_argument("--out", default="run.json", metavar="FILE.json")
-  args.add_argument("--dry_run", action="store_true", help="print the manifest, write nothing")
-  args.add_argument("arguments", nargs="+", metavar="-- train ...", help="of `python -m ddil_jax`")
   found = args.parse_args(argv)
-  try:
-    text = json.dumps(manifest(found.arguments, found.name, found.image, found.claim, found.pods, found.gpus), indent=2)
-    if found.dry_run:
-      print(text)
-      return 0
-    files.write_bytes(pathlib.Path(found.out), f"{text}\n".encode())
-  except UsageError as error:
-    print(f"launch.k8s: {error}", file=sys.stderr)
-    return 2
-  print(f"wrote {found.out}; start it with: kubectl apply -f {shlex.quote(found.out)}")
-  return 0
+
+  def render():
+    return json.dumps(manifest(found.arguments, found.name, found.image, found.claim, found.pods, found.gpus),
+                      indent=2) + "\n"
+
+  return rendering.deliver("launch.k8s", found, render, "kubectl apply -f")
 
 
 if __name__ == "__main__":

@@ -9,14 +9,12 @@ The processes find each other by what SLURM sets. Two minutes before a job's tim
 run finishes its step, saves, and ends with 130. However it ends it is queued again, unless it is done or wrong usage.
 """
 
-import argparse
-import pathlib
 import re
 import shlex
 import sys
 
-from ddil_jax import files
 from ddil_jax.errors import UsageError
+from launch import rendering
 from launch.local import checked_arguments
 
 SECONDS_TO_SAVE = 120
@@ -56,8 +54,8 @@ set -uo pipefail
 # A process that dies takes the others with it: they could not go on.
 srun --kill-on-bad-exit=1 {command}
 code=$?
-case $code in
-  0|2) exit $code ;;
+case "$code" in
+  0|2) exit "$code" ;;
   *) scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 """
@@ -65,27 +63,14 @@ esac
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code."""
-  args = argparse.ArgumentParser(prog="launch.slurm", description=__doc__, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+  args = rendering.parser("launch.slurm", __doc__, "run.sh")
   args.add_argument("--nodes", type=int, default=1)
   args.add_argument("--gpus", type=int, default=1, help="of each node; a process for each")
   args.add_argument("--time", default="24:00:00", help="limit of the job")
   args.add_argument("--name", default="ddil")
-  args.add_argument("--out", default="run.sh", metavar="FILE.sh")
-  args.add_argument("--dry_run", action="store_true", help="print the script, write nothing")
-  args.add_argument("arguments", nargs="+", metavar="-- train ...", help="of `python -m ddil_jax`")
   found = args.parse_args(argv)
-  try:
-    text = script(found.arguments, found.nodes, found.gpus, found.time, found.name)
-    if found.dry_run:
-      print(text, end="")
-      return 0
-    files.write_bytes(pathlib.Path(found.out), text.encode())
-  except UsageError as error:
-    print(f"launch.slurm: {error}", file=sys.stderr)
-    return 2
-  print(f"wrote {found.out}; start it with: sbatch {shlex.quote(found.out)}")
-  return 0
+  return rendering.deliver("launch.slurm", found, lambda: script(found.arguments, found.nodes, found.gpus, found.time,
+                                                                 found.name), "sbatch")
 
 
 if __name__ == "__main__":

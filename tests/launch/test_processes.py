@@ -1,16 +1,30 @@
 """What the launchers of several processes render, and what they refuse."""
 
 import json
+import os
+import pathlib
 import re
 import shlex
 import subprocess
+import sys
+import time
 
+import kubernetes_validate
 import pytest
 
 from ddil_jax.training import processes
-from launch import k8s, local, slurm
+from launch import k8s, local, slurm, tpu
 
 TRAIN = ["train", "--config=configs/digits_dmd2.py:smoke", "--workdir=my runs/$(rm -rf x)", "--config.train.parallel=mesh"]
+
+
+def check_script(path):
+  """Valid bash, and nothing that shellcheck would warn of."""
+  subprocess.run(["bash", "-n", str(path)], check=True)
+  shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+  # SC2016: '$(...)' is not expanded, which is what is wanted of a value.
+  done = subprocess.run([shellcheck, "--exclude=SC2016", path], capture_output=True, text=True)
+  assert done.returncode == 0, done.stdout
 
 
 def test_slurm(tmp_path, capsys):
@@ -18,7 +32,7 @@ def test_slurm(tmp_path, capsys):
   path = tmp_path / "run.sh"
   assert slurm.main(["--nodes=2", "--gpus=4", "--time=2-00:00:00", f"--out={path}", "--", *TRAIN]) == 0
   assert f"sbatch {path}" in capsys.readouterr().out
-  subprocess.run(["bash", "-n", str(path)], check=True)
+  check_script(path)
   text = path.read_text()
   for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=2-00:00:00", "--requeue"):
     assert f"#SBATCH {line}\n" in text
@@ -34,10 +48,51 @@ def test_slurm(tmp_path, capsys):
     assert ("requeued requeue 7" in said) == requeued and done.returncode == (0 if requeued else code)
 
 
+def test_tpu(tmp_path, capsys):
+  """Valid bash; gcloud gets the training command as one word, again after a failure, when what is left was ended."""
+  path = tmp_path / "run.sh"
+  options = ["--name=pod", "--zone=us-central2-b", "--folder=my folder", "--restarts=2", f"--out={path}"]
+  assert tpu.main([*options, "--", *TRAIN]) == 0
+  assert f"bash {path}" in capsys.readouterr().out
+  check_script(path)
+  # The script as bash runs it, with a gcloud that keeps what it is given and ends with the next of some codes.
+  stand_in = """gcloud() {
+    printf '%s\\0' "$@" >> calls; [[ "${*: -1}" == *pkill* ]] && return 0
+    ((++runs)); set -- $codes; return ${!runs}
+  }
+  runs=0
+  """
+  for codes, code, starts in (("0", 0, 1), ("2", 2, 1), ("1 0", 0, 2), ("255 1 1", 1, 3)):
+    (tmp_path / "calls").unlink(missing_ok=True)
+    done = subprocess.run(["bash", "-c", stand_in + path.read_text()], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": os.defpath, "codes": codes})
+    calls = (tmp_path / "calls").read_text().split("\0")[:-1]
+    calls = [calls[i:i + 8] for i in range(0, len(calls), 8)]
+    assert done.returncode == code and sum("pkill" not in call[-1] for call in calls) == starts
+    assert len(calls) == starts + done.stderr.count("run ended with")
+    assert calls[0][:7] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=us-central2-b", "--worker=all"]
+    flag, _, remote = calls[0][7].partition("=")
+    assert flag == "--command" and shlex.split(remote) == [
+        "cd", "my folder", "&&", "exec", ".venv/bin/python", "-m", "ddil_jax", *TRAIN, "--cluster=tpu"]
+
+
+def test_what_the_tpu_script_ends_on_a_worker(tmp_path):
+  """What is left of the run gets SIGTERM, and the shell that sends it is not ended itself."""
+  marker = tmp_path / "saved"
+  code = f"import signal, sys, time; signal.signal(15, lambda *_: (open({str(marker)!r}, 'w'), sys.exit())); time.sleep(60)"
+  left = subprocess.Popen([sys.executable, "-c", code, "ddil_jax train"])
+  time.sleep(0.5)
+  (line,) = re.findall(r"^stop=(.*)$", tpu.script(TRAIN, "pod", "z", "f", 0), re.M)
+  subprocess.run(["bash", "-c", *shlex.split(line)], check=True, timeout=30)
+  assert left.wait(timeout=10) == 0 and marker.exists()
+
+
 def test_k8s(capsys):
   """The pods find each other by the variables that `ddil train` reads."""
   assert k8s.main(["--name=dmd2", "--image=ddil:1", "--claim=data", "--pods=3", "--gpus=8", "--dry_run", "--", *TRAIN]) == 0
   service, job = json.loads(capsys.readouterr().out)["items"]
+  for item in (service, job):
+    kubernetes_validate.validate(item, "1.31", strict=True)  # no field that it does not know
   spec, pod = job["spec"], job["spec"]["template"]["spec"]
   assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (3, 3, "Indexed")
   (container,) = pod["containers"]
@@ -65,6 +120,8 @@ def test_local(capsys):
     (slurm, ["--time=1 day"], TRAIN, "24:00:00"),
     (slurm, ["--name=a b"], TRAIN, "letters, digits"),
     (slurm, [], [*TRAIN, "--config.train.stepz=3"], "did you mean steps"),
+    (tpu, ["--name=Pod", "--zone=z"], TRAIN, "small letters"),
+    (tpu, ["--name=pod", "--zone=z", "--restarts=-1"], TRAIN, "at least 0"),
     (k8s, ["--name=DMD2", "--image=i", "--claim=c"], TRAIN, "small letters"),
     (k8s, ["--name=a", "--image=i", "--claim=c", "--pods=0"], TRAIN, "at least 1 pod"),
 ])

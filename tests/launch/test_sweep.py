@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from ddil_jax import sweep as sweeps
 from ddil_jax.evaluation import report
 from launch import sweep
+from tests.launch.test_processes import check_script
 from tests.running import ROOT, shared  # noqa: F401
 
 CONFIG = '''
@@ -102,9 +105,10 @@ def test_schedulers_get_quoted_commands(tmp_path, capsys):
   assert sweep.main(["--config", path, "--workdir", str(workdir), "--slurm"]) == 0
   script = (workdir / "slurm.sh").read_text()
   assert "#SBATCH --array=0-3\n" in script
-  subprocess.run(["bash", "-n", workdir / "slurm.sh"], check=True)
+  check_script(workdir / "slurm.sh")
   assert sweep.main(["--workdir", str(workdir), "--k8s"]) == 0
   manifest = (workdir / "job.yaml").read_text()
+  kubernetes_validate.validate(yaml.safe_load(manifest), "1.31", strict=True)
   assert "completions: 4\n" in manifest
   line = next(line for line in manifest.splitlines() if "command:" in line)
   shell = json.loads(line.partition("command:")[2])
