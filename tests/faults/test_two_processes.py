@@ -15,6 +15,7 @@ from ddil_jax.main import main
 from ddil_jax.training import checkpoint
 from ddil_jax.training import logging as log_lib
 from launch import local
+from tests.conftest import CHEAP
 from tests.running import ROOT, SHORT, shared, trained  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -49,7 +50,7 @@ main(sys.argv[2:])
 @pytest.fixture(autouse=True)
 def compile_cheaply(monkeypatch):
   """The processes compile the same programs, each for itself, and run them a few times."""
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+  monkeypatch.setenv("XLA_FLAGS", CHEAP)
   monkeypatch.chdir(ROOT)
 
 
@@ -99,6 +100,23 @@ def test_one_of_two_is_killed(tmp_path, trained, capfd):  # noqa: F811
   assert_close(trained[1], trained[0])
   results = [json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("two", "one")]
   assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, options", [("pd", ("--config.train.stages=()",)), ("lcm", ())])
+def test_two_processes_are_one(method, options, tmp_path, trained, capfd):  # noqa: F811
+  """With DDIL's mixture and replay: five steps of two processes with four devices each are those of one device."""
+  run = ("train", f"--config=configs/digits_{method}.py:smoke,ddil", "--config.model.channel_mult=(1,)",
+         "--config.model.channels=4", "--config.states.refresh_every=2", "--config.optimizer.name=sgd",
+         "--config.optimizer.learning_rate=0.05", "--config.train.checkpoint_every=5", "--config.train.steps=5",
+         *options, *SHORT)
+  codes = local._once(commands(tmp_path / "two", *run, *SPLIT), local.environment(4), grace=60)
+  assert codes == [0, 0] and "batch 8 = 8 device(s) x 1 pass(es) x 1; mesh of data 4 x fsdp 2" in capfd.readouterr().out
+  assert main([*run, f"--workdir={tmp_path / 'one'}"]) == 0
+  with checkpoint.Checkpoints(tmp_path / "two" / "checkpoints", read_only=True) as checkpoints:
+    state, _, step = checkpoints.restore(trained[0], 5)
+  assert step == 5
+  assert_close(state, trained[0])
 
 
 def test_the_launcher_ends_and_starts_again(tmp_path, monkeypatch, capfd):
