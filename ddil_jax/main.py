@@ -115,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
   plan.add_argument("--topology", required=True, metavar="CHIP:SIZE", help="v5e:4x4, v5p:2x2x2 (TPUs: `pip install"
                     " libtpu`), h100:8, cpu:8")
   plan.add_argument("--batch", type=int, default=0, help="over all chips (default: the config's)")
+  plan.add_argument("--largest", action="store_true", help="look for the largest batch that fits; several compilations")
   plan.add_argument("--out", metavar="FILE.json", help="write the numbers to this file too")
   command("list", "list configs, data sets and parts", config=False)
   return top
@@ -291,7 +292,14 @@ def _plan(args, overrides) -> int:
   if args.batch < 0:
     raise UsageError(f"--batch={args.batch} is negative; give the number of examples over all chips")
   config = config_lib.load(args.config, overrides | ({"data.data_dir": args.data_dir} if args.data_dir else {}))
-  found = plan_lib.plan(config, args.topology, args.batch)
+  if args.largest:
+    found = plan_lib.largest_batch(config, args.topology, args.batch)
+    if found is None:
+      raise RunError(f"not even one example a chip fits on {args.topology}; the plan without --largest says what would"
+                     " change that")
+    print(f"\nlargest batch that fits: {found.batch_size}\n")
+  else:
+    found = plan_lib.plan(config, args.topology, args.batch)
   if args.out:
     files.write_json(args.out, plan_lib.as_json(found))
   print(plan_lib.table(found))

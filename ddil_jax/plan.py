@@ -213,6 +213,55 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> P
               [dues.count(program.due) / len(dues) for program in programs])
 
 
+def largest_batch(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> Plan | None:
+  """The plan of the largest batch that fits, to 5 %, or None where one example a chip (or microbatch) does not.
+
+  Raises:
+    UsageError: as `plan`; and CPU devices, whose memory is not known.
+  """
+  if devices_of(topology)[1] is None:
+    raise UsageError(f"topology {topology}: the largest batch needs chips whose memory is known: {', '.join(CHIPS)}")
+  first = plan(config, topology, batch_size, say)
+  found = {first.batch_size: first}
+
+  def peak(size):
+    if size not in found:
+      found[size] = plan(config, topology, size, say)
+    say(f"batch {size}: peak {_size(found[size].peak).strip()}, {'fits' if found[size].fits else 'does not fit'}")
+    return found[size].peak
+
+  size = largest_fitting(peak, first.batch_size, first.chips * max(1, config.train.microbatch), _FULL * first.chip.memory)
+  return found[size] if size else None
+
+
+def largest_fitting(peak, start: int, unit: int, limit: float, tries: int = 12) -> int:
+  """The largest multiple of `unit` whose peak(size) is at most `limit`, to 5 %, or 0.
+
+  The peak is nearly a line over the size, so the line through the last two sizes says which to try next; where
+  nothing is too large (a microbatch keeps the peak where it is) the size at the last try is returned.
+  """
+  tried, fits, too_large = [], 0, None
+  size = max(unit, start // unit * unit)
+  for _ in range(tries):
+    tried.append((size, peak(size)))
+    if tried[-1][1] <= limit:
+      fits = size
+    else:
+      too_large = size
+    if too_large is not None and too_large - fits <= max(unit, fits // 20):
+      break
+    if len(tried) == 1:
+      guess = 2 * size if fits else size // 2
+    else:
+      (a, peak_a), (b, peak_b) = tried[-2:]
+      slope = (peak_b - peak_a) / (b - a)
+      guess = b + (limit - peak_b) / slope if slope > 0 else 4 * b
+    guess = int(min(guess, 4 * size)) // unit * unit
+    guess = max(guess, fits + unit)
+    size = guess if too_large is None else min(guess, too_large - unit)
+  return fits
+
+
 def _as(tree, dtype):
   return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, dtype), tree)
 

@@ -17,6 +17,12 @@ pytestmark = pytest.mark.xdist_group("plan")
 LCM = ("configs/digits_lcm.py:ddil,smoke", {"train.min_shard": "64", "train.batch_size": "16"})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_devices():
+  """Before a plan asks for as many as it needs."""
+  assert len(jax.devices()) == 8
+
+
 @pytest.fixture(scope="module")
 def plans(shared):  # noqa: F811
   """The same config with all parameters on each of 8 devices, and split over 4 of them."""
@@ -103,6 +109,39 @@ def test_what_fits_and_what_would(plans):
   assert "most is replay" in plan_lib.remedy(small._replace(kept=small.kept | {"buffers": 10**9}))
 
 
+@pytest.mark.parametrize("start", [8, 200, 100_000])
+@pytest.mark.parametrize("per_example, fixed", [(7, 100), (0.5, 900), (130, 0)])
+def test_the_largest_batch(start, per_example, fixed):
+  """Of peaks that are nearly a line: one that fits, and 5 % more does not."""
+  tried = []
+
+  def peak(size):
+    tried.append(size)
+    return fixed + per_example * size + 13 * (size % 3)
+
+  found = plan_lib.largest_fitting(peak, start, 8, 1100.0)
+  assert found % 8 == 0 and peak(found) <= 1100 or found == 0
+  assert peak(found + max(8, found // 20 + 8)) > 1100
+  assert len(tried) < 12
+
+
+def test_no_largest_batch():
+  assert plan_lib.largest_fitting(lambda size: 2000, 64, 8, 1000) == 0
+  sizes = []
+  assert plan_lib.largest_fitting(lambda size: sizes.append(size) or 10, 64, 8, 1000, tries=4) == 64 * 2 * 16 == sizes[-1]
+
+
+@pytest.mark.slow
+def test_the_largest_batch_of_a_real_step(monkeypatch, capsys):
+  """A chip with room for about 100 examples."""
+  config = config_lib.load("configs/digits_teacher.py:smoke", {"model.channel_mult": "(1,)"})
+  peaks = {size: plan_lib.plan(config, "h100:2", size).peak for size in (96, 128)}
+  monkeypatch.setitem(plan_lib.CHIPS, "h100", plan_lib.CHIPS["h100"]._replace(memory=peaks[96] / plan_lib._FULL + 1))
+  found = plan_lib.largest_batch(config, "h100:2")
+  assert found.fits and 96 <= found.batch_size < 128
+  assert f"batch {found.batch_size}: peak" in capsys.readouterr().out
+
+
 def test_command(tmp_path, capsys, refuse):  # noqa: F811
   arguments = ["plan", "--config=configs/digits_teacher.py:smoke", "--topology=h100:2", f"--out={tmp_path}/plan.json"]
   assert main([*arguments, "--batch=16"]) == 0
@@ -110,6 +149,8 @@ def test_command(tmp_path, capsys, refuse):  # noqa: F811
   assert "batch 16 = 2 device(s) x 1 pass(es) x 8" in said and "it fits" in said and "256 chips" in said
   assert wrote["fits"] is True and wrote["chips"] == 2 and wrote["kept"]["teacher"] == 0
   assert math.isfinite(wrote["roofline_seconds"]["operations"])
+  line = refuse("plan", "--config=configs/digits_teacher.py:smoke", "--topology=cpu:2", "--batch=4", "--largest")
+  assert "topology cpu:2: the largest batch needs chips whose memory is known" in line
   for topology in ("v5e", "h100:", "h100:0", "z80:8", "cpu:8x", "cpu:99"):
     line = refuse("plan", "--config=configs/digits_pd.py:smoke", f"--topology={topology}")
     assert topology in line
