@@ -70,9 +70,10 @@ def test_one_program_for_all_steps(split):
   assert found.runner.step._cache_size() == training("single").runner.step._cache_size() == 1
 
 
-def test_accumulated_gradients_are_those_of_the_batch():
-  """In a scan, as on accelerators."""
-  found = Training("single", Options(microbatch=5), unroll=False)
+@pytest.mark.parametrize("unroll", [False, True])
+def test_accumulated_gradients_are_those_of_the_batch(unroll):
+  """In a scan, as on accelerators, and one part after the other, as on CPU."""
+  found = Training("single", Options(microbatch=5), unroll=unroll)
   assert_same_training(found, found.run(3))
   assert found.runner.summary == "batch 16 = 1 device(s) x 4 pass(es) x 4"
 
