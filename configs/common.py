@@ -82,6 +82,8 @@ def common() -> ConfigDict:
       sampler_steps=(),  # other step counts at which to evaluate too
       sampler_times=(),  # a sampling grid of one's own instead: decreasing, its last entry the clean end
       teacher_acts=(),  # sampling steps, from 0, that the teacher takes instead of the student
+      time_shift=0.0,  # how far from a step's time the sampler looks for the one that fits x_t; 0 is none
+      time_shift_cutoff=0.0,  # not at times up to this one
       guidance_scales=(),  # of a teacher, or of a student that reads the scale; () is teacher.guidance_scale
       metrics=("fd", "kd", "precision", "recall", "density", "coverage", "class_accuracy", "saturation"),
       extractor="",  # "" is a small classifier trained on the set; or NAME:FILE of published weights, `ddil list`

@@ -21,15 +21,20 @@ from ddil_jax.training import parallel
 
 
 def variant(config: ConfigDict, built: build_lib.Built) -> str:
-  """base, +ddil, +reflected or +ddil+reflected; and the sampling steps that the teacher takes. "" of a teacher's run."""
+  """base, +ddil, +reflected or +ddil+reflected; what sampling adds: shifted times, steps of the teacher.
+
+  "" of a teacher's run, or what sampling adds.
+  """
+  window = config.eval.get("time_shift", 0.0)
+  shifted = f"+shifted({window:g})" * bool(window)
   if built.objective.name == "denoising":
-    return ""
+    return shifted
   own = built.objective.own_source
   # Teacher pairs beside the own states are labels (DMD), no mixture of DDIL.
   ddil = tuple(name for name in built.distribution.sources if name != "pairs" or own == name) != (own,)
   name = ("+ddil" * ddil + "+reflected" * (config.reflect.kind != "identity")) or "base"
   acts = config.eval.teacher_acts
-  return name + f"+teacher({','.join(map(str, acts))})" * bool(acts)
+  return name + shifted + f"+teacher({','.join(map(str, acts))})" * bool(acts)
 
 
 def what(config: ConfigDict, built: build_lib.Built, sampler: samplers.Sampler) -> dict:

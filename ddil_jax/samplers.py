@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import keys as keys_lib
-from ddil_jax.diffusion import grids, solvers
+from ddil_jax.diffusion import grids, solvers, transforms
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
@@ -58,7 +58,7 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
   folded = config.teacher.folded_guidance_scale
   own = config.eval.sampler_times
   walks = [_own_grid(built, own)] if own and steps is None else [_sampler_grid(built, n) for n in dict.fromkeys(counts)]
-  found = [_sampler(built, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
+  found = [_sampler(config, built, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
   return [_with_teacher(built, sampler, config) for sampler in found] if config.eval.teacher_acts else found
 
 
@@ -102,15 +102,28 @@ def _own_grid(built: "Built", times: tuple[float, ...]) -> np.ndarray:
   return grid
 
 
-def _sampler(built: "Built", grid: np.ndarray, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
+def time_shift(config: ConfigDict, built: "Built") -> transforms.Transform:
+  """`eval.time_shift` with the variance of the data. Raises UsageError for a negative one."""
+  # Configs of older runs have no such fields.
+  window, cutoff = config.eval.get("time_shift", 0.0), config.eval.get("time_shift_cutoff", 0.0)
+  images = built.dataset.images
+  variance = float(images.reshape(len(images), -1).var(axis=1).mean()) if window else 0.0
+  try:
+    return transforms.shift_time(built.parts.process, window, cutoff, variance)
+  except UsageError as error:
+    raise UsageError(f"config.eval.time_shift: {error}") from None
+
+
+def _sampler(config: ConfigDict, built: "Built", grid: np.ndarray, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
   objective, parts, steps = built.objective, built.parts, len(grid) - 1
+  shift = time_shift(config, built)
   is_teacher = objective.name == "denoising"
 
   def policy(params):
     denoise = bind(objective.student, params)
     if is_teacher:
       denoise = parts.guidance(guidance_scale)(denoise)
-    return objective.solver(parts.process, parts.reflect_sampler(denoise))
+    return objective.solver(parts.process, parts.reflect_sampler(shift(denoise)))
 
   def condition(cond):
     like = jnp.zeros(cond["label"].shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Transforms of denoisers, `DenoiseFn -> DenoiseFn`: guidance, and reflected diffusion.
+"""Transforms of denoisers, `DenoiseFn -> DenoiseFn`: guidance, reflected diffusion, shifted times.
 
 Reflected diffusion keeps x0 estimates in the data box. Since a solver recomputes eps from the
 transformed x0, the pair always satisfies x_t = alpha x0 + sigma eps. Outside the box `clip` has
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddil_jax.diffusion.process import Process
 from ddil_jax.errors import UsageError
 from ddil_jax.types import Array, Cond, DenoiseFn
 
@@ -122,6 +123,47 @@ def guidance(scale: float | Array | None, null: Callable[[Cond], Cond]) -> Trans
       return u + g * (c - u)
 
     return guided
+
+  return transform
+
+
+def shift_time(process: Process, window: float, cutoff: float = 0.0, data_variance: float = 0.0,
+               candidates: int = 50) -> Transform:
+  """Asks the denoiser at the time near t whose noise level x_t really has, against exposure bias, without training.
+
+      t' = argmin over |s - t| <= window of |Var(x_t) - Var_s|,   Var_s = alpha(s)^2 data_variance + sigma(s)^2
+
+  Var(x_t) is over the pixels of an example; of times that fit equally well the one next to t is taken. The estimate of x0
+  at t' is handed on as that at t.
+
+  Args:
+    process: of x_t.
+    window: in units of t; 0 changes nothing.
+    cutoff: no shift at times up to this one, where an image's own variance says more than the noise's.
+    data_variance: over the pixels of an image, on average; the released code has 0.
+    candidates: times tried on each side of t.
+
+  Source: Li et al. 2023 (arXiv 2305.15583), section 4 and released code; the data's part of the variance is ours.
+  """
+  if window < 0:
+    raise UsageError(f"time shift: window {window:g} must be at least 0")
+  offsets = np.linspace(-window, window, 2 * candidates + 1)
+  offsets = offsets[np.argsort(np.abs(offsets), kind="stable")]
+
+  def transform(denoise):
+    if window == 0:
+      return denoise
+
+    def shifted(x_t, t, cond):
+      times = jnp.clip(t[:, None] + jnp.asarray(offsets, t.dtype)[None], process.t_min, process.t_max)
+      flat = times.reshape(-1)
+      marginal = (process.alpha(flat)**2 * data_variance + process.sigma(flat)**2).reshape(times.shape)
+      own = x_t.reshape(x_t.shape[0], -1).var(axis=1)
+      nearest = jnp.argmin(jnp.abs(marginal - own[:, None]), axis=1)
+      moved = jnp.take_along_axis(times, nearest[:, None], axis=1)[:, 0]
+      return denoise(x_t, jnp.where(t > cutoff, moved, t), cond)
+
+    return shifted
 
   return transform
 
