@@ -1,4 +1,4 @@
-"""The study: parts of configs/study/, each a sweep over digits students of one teacher.
+"""The study: parts of configs/study/, each a sweep over students of one teacher, on digits but for the last two.
 
     python -m launch.study methods --workdir=runs/study --workers=2
     python -m launch.study --list
@@ -21,21 +21,27 @@ from ddil_jax.sweep import Trial
 from launch.sweep import compile_cache, exit_code, run_all
 
 INTERVENTION, CORRELATION = "intervention", "correlation"
-PARTS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
-# The scales at which the teacher itself is measured: those of its students.
-TEACHER = {"eval.guidance_scales": "(1.0, 2.0, 3.0, 5.0)"}
+DIGITS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
+ON_GPU = "fashion_mnist"
+PARTS = (*DIGITS, "fashion_mnist_small", ON_GPU)
+# Of the parts that name none of their own. The scales at which it is measured are those of its students.
+TEACHER = {"config": "configs/digits_teacher.py", "eval.guidance_scales": (1.0, 2.0, 3.0, 5.0)}
 
 
 def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False) -> dict[str, str]:
   """Trains the teacher where it is not there yet, then the trials of a part; returns {name: error}."""
-  teacher = Trial("teacher", "configs/digits_teacher.py", TEACHER)
-  failed = run_all([teacher], workdir, 1, retry=True, small=True)
+  own = getattr(config_lib.module(f"configs/study/{part}.py"), "TEACHER", None)
+  # Compile flags that are for networks of a few pixels.
+  name, digits = (f"{part}_teacher", False) if own else ("teacher", True)
+  fields = dict(own or TEACHER)
+  teacher = Trial(name, fields.pop("config"), {field: repr(value) for field, value in fields.items() if field != "arg"})
+  failed = run_all([teacher], workdir, 1, retry=True, small=digits)
   if failed:
-    raise RunError(f"the teacher failed: {failed['teacher']}")
-  trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / "teacher")})
+    raise RunError(f"the teacher failed: {failed[name]}")
+  trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / name)})
   folder = workdir / part
   sweeps.save(trials, folder)
-  failed = run_all(trials, folder, workers, retry, small=True)
+  failed = run_all(trials, folder, workers, retry, small=digits)
   rows = sweeps.gather(trials, folder)
   sweeps.write_table(rows, folder)
   return failed
@@ -88,7 +94,7 @@ def _first_teacher(config):
 
 
 def correlate(workdir: pathlib.Path) -> str:
-  """8. Does the measured shift predict the quality? Correlations over the settings of all parts that were run.
+  """8. Does the measured shift predict the quality? Correlations over the settings of all digits parts that were run.
 
   Returns:
     The table, also in correlation/table.md, beside the figure.
@@ -97,7 +103,7 @@ def correlate(workdir: pathlib.Path) -> str:
     UsageError: fewer than six settings of one method, guidance scale and number of steps.
   """
   rows = []
-  for part in PARTS:
+  for part in DIGITS:
     for path in sorted((workdir / part).glob("*/results.json")):
       setting = f"{part}/" + re.sub(r"-?seed=\d+$", "", path.parent.name)
       rows += [(setting, row) for row in files.read_json(path)]
@@ -117,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
   args = argparse.ArgumentParser(prog="launch.study", description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
   args.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}")
-  args.add_argument("--all", action="store_true", help="all parts")
+  args.add_argument("--all", action="store_true", help=f"all parts but {ON_GPU}, which is for a GPU")
   args.add_argument("--workdir", default="runs/study", help="everything of the study lies here")
   args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
   args.add_argument("--retry", action="store_true", help="run failed trials again")
@@ -136,7 +142,8 @@ def _main(args) -> int:
   if unknown:
     raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION},"
                      f" {CORRELATION}")
-  parts = (*PARTS, INTERVENTION, CORRELATION) if args.all else args.parts
+  everything = (*(part for part in PARTS if part != ON_GPU), INTERVENTION, CORRELATION)
+  parts = everything if args.all else args.parts
   if args.list or not parts:
     for part in PARTS:
       about = config_lib.module(f"configs/study/{part}.py").__doc__.splitlines()[0]

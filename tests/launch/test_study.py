@@ -14,16 +14,30 @@ SHORT = ("--config.model.channel_mult=(1,)", "--config.eval.num_samples=16", "--
 def test_list(capsys):
   assert study.main(["--list"]) == 0
   said = capsys.readouterr().out
-  assert all(f"\n{part} (" in f"\n{said}" for part in (*study.PARTS, study.INTERVENTION, study.CORRELATION))
+  assert [line.partition(" (")[0] for line in said.splitlines()] == [*study.PARTS, study.INTERVENTION, study.CORRELATION]
 
 
-@pytest.mark.parametrize("part, message", [("metods", "unknown part 'metods'"),
+@pytest.mark.parametrize("part, message", [("mehtods", "unknown part 'mehtods'"),
                                            ("intervention", "no four-step students"),
                                            ("correlation", "results of 0 settings")])
 def test_mistakes_are_one_line(part, message, tmp_path, capsys):
   assert study.main([part, f"--workdir={tmp_path}"]) == 2
   line = capsys.readouterr().err
   assert message in line and line.startswith("ddil: ") and line.count("\n") == 1
+
+
+def test_correlation_reads_the_parts_that_were_run(tmp_path, capsys):
+  for i in range(6):
+    for seed in range(2):
+      times = [{"t": t, "sw2_student_forward": i + t + 1, "sw2_student_teacher": 1 / (i + t + 1)} for t in (1, 0.5, 0)]
+      files.write_json(tmp_path / "priors" / f"pd-forward=0.{i}-seed={seed}" / "results.json", [
+          {"objective": "pd", "guidance_scale": 1.0, "steps": 4, "metrics": {"fd@9/train/x": 1.0 + i + seed},
+           "shift": times}])
+  assert study.main(["correlation", f"--workdir={tmp_path}"]) == 0
+  table = (tmp_path / "correlation" / "table.md").read_text()
+  assert table in capsys.readouterr().out and "| pd, 4 steps, guidance 1 | 6 | +1.00" in table and "-1.00" in table
+  assert {path.name for path in (tmp_path / "correlation").iterdir()} == {
+      "table.md", "shift_quality.svg", "shift_quality.png"}
 
 
 @pytest.mark.slow
