@@ -62,8 +62,8 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   params, rows = devices.whole(params), []
   teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
   for sampler in samplers.samplers(config, built):
-    batches = sampling.sample_batches(draw_with(sampler, params, teacher), config.eval.num_samples, built.parts.image_shape,
-                                      config.eval.seed, labels, config.eval.batch_size, devices)
+    batches = sampling.sample_batches(draw_with(sampler, params, teacher), config.eval.num_samples,
+                                      built.parts.image_shape, config.eval.seed, labels, config.eval.batch_size, devices)
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     measured = measure_images(config, shown, config.eval.num_samples, labels if classes > 1 else None, reference, name,

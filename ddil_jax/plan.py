@@ -230,7 +230,8 @@ def largest_batch(config: ConfigDict, topology: str, batch_size: int = 0, say=pr
     say(f"batch {size}: peak {_size(found[size].peak).strip()}, {'fits' if found[size].fits else 'does not fit'}")
     return found[size].peak
 
-  size = largest_fitting(peak, first.batch_size, first.chips * max(1, config.train.microbatch), _FULL * first.chip.memory)
+  unit = first.chips * max(1, config.train.microbatch)
+  size = largest_fitting(peak, first.batch_size, unit, _FULL * first.chip.memory)
   return found[size] if size else None
 
 

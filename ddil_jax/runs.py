@@ -240,7 +240,8 @@ def _train(config, workdir, setup, say):
                                                workdir / "profile"))
     state = runner.fetch(state)
     seconds = clock.total()
-  return trained.write_results(config, built, parallel.local(student_params(state, config.eval.ema)), teacher, workdir, seconds)
+  params = parallel.local(student_params(state, config.eval.ema))
+  return trained.write_results(config, built, params, teacher, workdir, seconds)
 
 
 def _telling(config, workdir, start, stack):
@@ -253,7 +254,8 @@ def _telling(config, workdir, start, stack):
 
 def _diagnose(config, built, teacher, frozen, batches, runner, write):
   """The hook that logs the drift of the covariate shift and what the objective measures of itself."""
-  own = jax.jit(make_diagnose(built.objective, built.distribution, config.train.batch_size, config.states.rollout_params))
+  own = jax.jit(make_diagnose(built.objective, built.distribution, config.train.batch_size,
+                              config.states.rollout_params))
   key = keys_lib.named(jax.random.key(config.seed), "diagnose")  # other draws than those of the step
   place_batch = runner.place_batch
   if config.train.parallel == "pmap":  # the state comes in the plain layout

@@ -66,7 +66,8 @@ def _with_teacher(built: "Built", sampler: Sampler, config: ConfigDict) -> Sampl
   """The sampler with the steps `eval.teacher_acts` taken by the teacher's DDIM, guided and reflected as in training."""
   acts, steps = config.eval.teacher_acts, sampler.steps
   if built.objective.teacher is None:
-    raise UsageError(f"config.eval.teacher_acts={acts}: objective '{built.objective.name}' has no teacher; set it to ()")
+    raise UsageError(f"config.eval.teacher_acts={acts}: objective '{built.objective.name}' has no teacher; set it to"
+                     " ()")
   if not all(0 <= i < steps for i in acts):
     raise UsageError(f"config.eval.teacher_acts={acts}: the steps of a sampler of {steps} are 0 to {steps - 1}")
   turns = [i in acts for i in range(steps)]
@@ -114,7 +115,8 @@ def time_shift(config: ConfigDict, built: "Built") -> transforms.Transform:
     raise UsageError(f"config.eval.time_shift: {error}") from None
 
 
-def _sampler(config: ConfigDict, built: "Built", grid: np.ndarray, guidance_scale: float, reads_scale: bool, folded: float) -> Sampler:
+def _sampler(config: ConfigDict, built: "Built", grid: np.ndarray, guidance_scale: float, reads_scale: bool,
+             folded: float) -> Sampler:
   objective, parts, steps = built.objective, built.parts, len(grid) - 1
   shift = time_shift(config, built)
   is_teacher = objective.name == "denoising"

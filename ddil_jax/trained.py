@@ -71,7 +71,8 @@ def evaluate_shift(config: ConfigDict, workdir: str | pathlib.Path, say=print) -
   if not config.eval.shift_samples:
     raise UsageError("config.eval.shift_samples=0 leaves the covariate shift out; set it to 500, for instance")
   if config.eval.teacher_acts:
-    raise UsageError("config.eval.teacher_acts mixes two policies: covariate shift is that of the student; set it to ()")
+    raise UsageError("config.eval.teacher_acts mixes two policies: covariate shift is that of the student; set it to"
+                     " ()")
   params, _ = params_of(config, built, workdir)
   teacher = load_teacher(config, built)
   say(f"measuring the covariate shift of {workdir} with {config.eval.shift_samples} samples")

@@ -133,8 +133,8 @@ def shift_time(process: Process, window: float, cutoff: float = 0.0, data_varian
 
       t' = argmin over |s - t| <= window of |Var(x_t) - Var_s|,   Var_s = alpha(s)^2 data_variance + sigma(s)^2
 
-  Var(x_t) is over the pixels of an example; of times that fit equally well the one next to t is taken. The estimate of x0
-  at t' is handed on as that at t.
+  Var(x_t) is over the pixels of an example; of times that fit equally well the one next to t is taken. The estimate
+  of x0 at t' is handed on as that at t.
 
   Args:
     process: of x_t.

@@ -69,14 +69,19 @@ class LpipsDiversity:
     return float(np.mean(means))
 
   def interval(self) -> bs.Interval | None:
-    """Of the value, from half-samples; None without bootstrap. Raises UsageError for fewer than 4 images of a condition."""
+    """Of the value, from half-samples; None without bootstrap.
+
+    Raises:
+      UsageError: fewer than 4 images of a condition.
+    """
     if not self._options.bootstrap:
       return None
     value, s = self.value(), np.concatenate(self._sketches).astype(np.float64)
     labels = np.zeros(len(s), int) if self._labels is None else np.asarray(self._labels)
     for c, (n, *_) in sorted(self._of.items()):
       if n < 4:
-        raise UsageError(f"an interval of LPIPS-diversity needs at least 4 images of each condition; condition {c} has {n}")
+        raise UsageError("an interval of LPIPS-diversity needs at least 4 images of each condition;"
+                         f" condition {c} has {n}")
     keep = bs.half_samples(len(s), self._options.bootstrap, self._options.seed, labels)
     parts = [s[labels == c] - s[labels == c].mean(axis=0) for c in sorted(self._of)]
     halves = [keep[:, labels == c].astype(float) for c in sorted(self._of)]

@@ -1,4 +1,4 @@
-"""What it gives when the teacher takes some of a student's sampling steps: a table and a figure of quality against cost.
+"""What it gives when the teacher takes some of a student's sampling steps: a table and a figure of quality and cost.
 
 Rows are those of `results.json`, measured with `eval.teacher_acts`; their variant ends with the steps that the
 teacher takes, "+ddil+teacher(0,1)". Each is compared with the same student going alone, seed by seed.
@@ -42,7 +42,8 @@ def compare(rows: Iterable[dict]) -> list[Mixed]:
   evaluations = {}
   for row in rows:
     variant, _, acts = row["variant"].partition("+teacher")
-    key = (row["objective"], float(row["guidance_scale"]), row["steps"]), variant, tuple(map(int, re.findall(r"\d+", acts)))
+    student = row["objective"], float(row["guidance_scale"]), row["steps"]
+    key = student, variant, tuple(map(int, re.findall(r"\d+", acts)))
     distance = next(value for metric, value in row["metrics"].items() if metric.startswith("fd@"))
     found[key][row["seed"]] = distance
     evaluations[key] = row["network_evaluations"]
