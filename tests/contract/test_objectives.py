@@ -11,6 +11,7 @@ import pytest
 from ddil_jax import keys as keys_lib
 from ddil_jax import registry
 from ddil_jax.diffusion import process, transforms
+from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import View
 from ddil_jax.states.base import Context
 from ddil_jax.training.step import due_players, init_state, make_train_step
@@ -30,7 +31,7 @@ OPTIONS = {"lcm": dict(num_scales=16, guidance_range=(1.0, 4.0)), "cd": dict(num
            "ladd": dict(num_steps=2), "vsd": dict(num_steps=2, rank=1, weight_cap=100.0),
            "moment_matching": dict(num_steps=2), "ufogen": dict(num_scales=8, num_steps=2, snr_cap=100.0),
            "dmd": dict(num_steps=2, critic_weight="snr_trunc", weight_cap=100.0),
-           "gdd": dict(num_steps=2, frozen="W1")}
+           "gdd": dict(num_steps=2, frozen="W1"), "twinflow": dict(num_scales=8)}
 NAMES = registry.names("objectives")
 
 
@@ -136,11 +137,18 @@ def test_teacher_is_an_argument(name):
 
 
 PROCESSES = {"edm": process.edm(), "flow": process.flow(), "stable_diffusion": process.stable_diffusion()}
+REFUSED = {"twinflow": "edm"}
 DISTILLATION = [name for name in NAMES if name != "denoising"]
-# The base methods on all of them; of the family each method on one, in turn, since each is a compilation.
+
+
+def kinds(i, name):
+  """The base methods on all processes; of the family each method on one, in turn, since each is a compilation."""
+  defined = [kind for kind in PROCESSES if kind != REFUSED.get(name)]
+  return defined if name in BASE else [defined[i % len(defined)]]
+
+
 PAIRS = [pytest.param(name, kind, marks=[] if name in BASE else [pytest.mark.slow])
-         for i, name in enumerate(DISTILLATION) for j, kind in enumerate(PROCESSES)
-         if name in BASE or i % len(PROCESSES) == j]
+         for i, name in enumerate(DISTILLATION) for kind in kinds(i, name)]
 
 
 @pytest.mark.parametrize("name, kind", PAIRS)
@@ -151,3 +159,9 @@ def test_other_processes(name, kind):
   state, metrics = building.run(objective, building.ddil(parts, objective), teacher_for(name), steps=2, batch_size=4)
   assert float(metrics["skipped"].total) == 0
   assert all(np.isfinite(np.asarray(v)).all() for v in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize("name, kind", REFUSED.items())
+def test_processes_that_are_refused(name, kind):
+  with pytest.raises(UsageError, match=f"{name}.*'{kind}'"):
+    make(name, toys.toy_parts(PROCESSES[kind], grid="karras"))

@@ -10,7 +10,8 @@ from ddil_jax.diffusion import distance, process, solvers, weighting
 from ddil_jax.diffusion.process import add_noise, expand, velocity_from_x0
 from ddil_jax.errors import UsageError
 from ddil_jax.models import exact
-from ddil_jax.objectives import cd, ctm, ect, guided, lcm, meanflow, pd, regression, scm, scott, slam, tcm, tract
+from ddil_jax.objectives import (cd, ctm, ect, guided, lcm, meanflow, pd, regression, scm, scott, slam, tcm, tract,
+                                 twinflow)
 from ddil_jax.objectives.base import View, bind
 from ddil_jax.states.base import States
 from tests import toys
@@ -149,6 +150,39 @@ def test_meanflow_loss_is_zero_for_the_exact_average_velocity(setting):
     np.testing.assert_allclose(found["u"], found["target"], atol=2e-5)
 
 
+def test_twinflow_correction_is_of_first_order_for_the_exact_average_velocity(setting):
+  """The reference's jumps are exact in any number; what is left is the error of the step to the near time."""
+  p, teacher, _, _, _, x_t = setting
+  exact_u, r = exact_average_velocity(p), 0.3 * TIMES
+  u, v = exact_u(x_t, TIMES, r, {}), velocity_from_x0(p, x_t, teacher(x_t, TIMES, {}), TIMES)
+  left = [np.abs(u - twinflow.recursive_target(p, u, exact_u, x_t, TIMES, TIMES - gap, r, {}, v, order=3)).max()
+          for gap in (0.04, 0.02)]
+  assert left[0] < 0.2 and left[0] / left[1] == pytest.approx(2, rel=0.15)
+  # From t to the near time itself: the velocity, exactly.
+  target = twinflow.recursive_target(p, u, exact_u, x_t, TIMES, r, r, {}, v, bound=1e9)
+  np.testing.assert_allclose(target, v, atol=1e-6)
+
+
+def test_twinflow_moves_fake_images_to_real_ones(setting):
+  """Flows to constant images in closed form: real 0.5, the student's 0.1."""
+  p, _, _, _, eps, _ = setting
+  real, image = 0.5, jnp.full_like(eps, 0.1)
+
+  def velocity(x, t, r, cond):
+    sign = expand(cond.get("time_sign", jnp.ones_like(t)), x)
+    return velocity_from_x0(p, x, jnp.where(sign < 0, image, real), t)
+
+  np.testing.assert_allclose(twinflow.fake_velocity_loss(p, velocity, image, eps, TIMES, {}), 0, atol=1e-10)
+  difference = twinflow.rectification(p, velocity, image, eps, TIMES, {})
+  np.testing.assert_allclose(difference, jnp.broadcast_to(expand((real - 0.1) / TIMES, image), image.shape),
+                             rtol=1e-4)
+  # A step down the gradient by the one-step velocity moves the image, noise - u, by that difference.
+  u = eps - image
+  gradient = jax.grad(lambda u: jnp.sum(0.5 * (u - jax.lax.stop_gradient(u - difference)) ** 2))(u)
+  np.testing.assert_allclose(twinflow.move(p, eps, u - gradient, jnp.ones(3), jnp.zeros(3)), image + difference,
+                             atol=1e-5)
+
+
 def test_scm_tangent_vanishes_for_the_exact_consistency_function(setting):
   p, teacher, _, _, _, x_t = setting
   x_hat = scm.to_trig(p, x_t, TIMES)
@@ -231,7 +265,8 @@ def test_stage_two_gives_both_networks_the_scale():
     (ctm, dict(outer="cubic"), "there are: euler"), (ctm, dict(outer="variance"), "process edm"),
     (ect, dict(weight="none"), "there are: c_out"), (meanflow, dict(same_share=2.0), "same_share 2.0"),
     (scm, dict(warmup_steps=0), "warmup_steps 0"), (tcm, dict(transition=1e9), "lower transition"),
-    (scott, dict(eta=2.0), "eta 2.0"), (regression, dict(label_steps=0), "label_steps 0")])
+    (scott, dict(eta=2.0), "eta 2.0"), (twinflow, dict(order=0), "order 0"),
+    (regression, dict(label_steps=0), "label_steps 0")])
 def test_mistakes_are_named(module, options, said):
   with pytest.raises(UsageError, match=said):
     module.make(toys.toy_parts(), **options)
