@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
+from ddil_jax.diffusion import times as times_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import Objective, Parts, Player
 from ddil_jax.types import Array, Cond, Denoiser, Params
 
-TIME_DISTRIBUTIONS = ("uniform", "lognormal")
+TIME_DISTRIBUTIONS = ("uniform", "lognormal", "logit_normal", "shifted")
 
 
 def denoising_loss(process, denoiser: Denoiser, params: Params, x_t: Array, t: Array, x0: Array, cond: Cond,
@@ -27,14 +28,20 @@ def denoising_loss(process, denoiser: Denoiser, params: Params, x_t: Array, t: A
 
 
 def make(parts: Parts, weight: str = "v_mse", label_dropout: float = 0.1, sampler_steps: int = 32,
-         solver: str = "ddim", times: str = "uniform", mean: float = -1.2, std: float = 1.2) -> Objective:
+         solver: str = "ddim", times: str = "uniform", mean: float = -1.2, std: float = 1.2,
+         shift: float = 3.0) -> Objective:
   """Denoising in continuous time.
 
   Args:
     weight: a name of `diffusion.weighting`.
     label_dropout: share of labels replaced by the null label, so that the model can be guided.
     sampler_steps, solver: how samples are drawn for evaluation.
-    times: "uniform" over the process' range, or "lognormal" noise levels exp(mean + std n) (EDM).
+    times: an entry of TIME_DISTRIBUTIONS, see `diffusion.times`: "lognormal" are noise levels (EDM), "logit_normal"
+      and "shifted" times of processes that end at 1.
+    mean, std: of the two normal ones; the defaults are EDM's noise levels. shift: of "shifted".
+
+  Raises:
+    UsageError: times that do not exist, or not of this process.
   """
   process = parts.process
   weight_fn = weighting.make(weight)
@@ -42,14 +49,20 @@ def make(parts: Parts, weight: str = "v_mse", label_dropout: float = 0.1, sample
     raise UsageError(f"denoising: unknown times '{times}'; there are: {', '.join(TIME_DISTRIBUTIONS)}")
   if times == "lognormal" and process.name != "edm":
     raise UsageError(f"denoising: times 'lognormal' are noise levels of the edm process, not of '{process.name}'")
+  if times in ("logit_normal", "shifted") and process.t_max != 1:
+    raise UsageError(f"denoising: times '{times}' lie between 0 and 1, those of process '{process.name}' go to"
+                     f" {process.t_max:g}")
+  if not std > 0 or not shift > 0:
+    raise UsageError(f"denoising: std {std} and shift {shift} must be positive")
+  bounds = process.t_min, process.t_max
+  normal = lambda keys: keys_lib.normal_like(keys, jnp.zeros(keys.shape))  # noqa: E731
+  time = {"uniform": lambda keys: keys_lib.uniform(keys, *bounds),
+          "lognormal": lambda keys: times_lib.lognormal(keys_lib.uniform(keys), *bounds, mean, std),
+          "logit_normal": lambda keys: times_lib.logit_normal(normal(keys), *bounds, mean, std),
+          "shifted": lambda keys: times_lib.shifted(keys_lib.uniform(keys), *bounds, shift)}[times]
 
   def draw(keys):
-    if times == "lognormal":
-      level = jnp.exp(mean + std * keys_lib.normal_like(keys_lib.named(keys, "t"), jnp.zeros(keys.shape)))
-      t = jnp.clip(level, process.t_min, process.t_max)
-    else:
-      t = keys_lib.uniform(keys_lib.named(keys, "t"), process.t_min, process.t_max)
-    return jnp.zeros(keys.shape, jnp.int32), t
+    return jnp.zeros(keys.shape, jnp.int32), time(keys_lib.named(keys, "t"))
 
   def condition(keys, cond):
     if "label" not in cond or not label_dropout:
