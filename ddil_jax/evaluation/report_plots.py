@@ -1,4 +1,4 @@
-"""Figures of a metric: against sampling steps, against network evaluations, against a field that was swept.
+"""Figures of a metric: against sampling steps, network evaluations, a field that was swept; differences to baselines.
 
 A point is a mean over training seeds, its bar the 95 % t-interval (from three seeds on), small dots are single
 seeds, and a cross at the upper edge is a setting without any value: all its runs diverged or failed.
@@ -15,6 +15,7 @@ from ddil_jax.evaluation.report_figures import INK, STYLE, Drawing, scale, style
 
 TEACHER = "the teacher's own sampler"
 _MOST = 12  # curves in one figure of all methods
+_LEAST = 4  # compared settings of a group that are worth a figure
 
 
 def draw(tables: list[dict]) -> list[Drawing]:
@@ -23,7 +24,8 @@ def draw(tables: list[dict]) -> list[Drawing]:
   with matplotlib.rc_context(STYLE):
     for i, table in enumerate(tables):
       name = table["metric"].partition("@")[0] + (f"_{i + 1}" if len(tables) > 1 else "")
-      figures += [*_against_steps(table, name), *_against_evaluations(table, name), *_against_fields(table, name)]
+      figures += [*_against_steps(table, name), *_against_evaluations(table, name), *_against_fields(table, name),
+                  *_differences(table, name)]
   return figures
 
 
@@ -108,6 +110,35 @@ def _against_fields(table, name):
       title = f"{meanings.of(table['metric']).heading} against {field}"
       figures.append(Drawing(f"{name}_{field}", title, title, _panels(drawn, field, _axis_title(table))))
   return figures
+
+
+def _differences(table, name):
+  """A panel per group with many settings: paired differences to the baseline, a filled dot after Holm's correction."""
+  chosen = {}
+  for g in table["groups"]:
+    compared = {label: cell for label, cell in g["cells"].items() if cell.difference}
+    if len(compared) >= _LEAST:
+      chosen[f"{g['objective']}, {g['steps']} steps, guidance scale {g['guidance_scale']:g}"] = compared
+  if not chosen:
+    return []
+  rows = [len(cells) for cells in chosen.values()]
+  figure = Figure(figsize=(6.4, 0.17 * sum(rows) + 0.75 * len(rows)), layout="constrained")
+  for axis, (title, cells) in zip(figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows).flat, chosen.items()):
+    for y, (label, cell) in enumerate(cells.items()):
+      d = cell.difference
+      colour = styles([cell.setting.variant])[cell.setting.variant][0]
+      bar = None if d.half is None else [[d.half], [d.half]]
+      axis.errorbar(d.mean, y, xerr=bar, fmt="o", color=colour, mfc=colour if cell.holm else "none", capsize=2)
+    axis.axvline(0, color=INK, linewidth=0.8)
+    axis.set_yticks(range(len(cells)), list(cells), fontsize=6.5)
+    axis.invert_yaxis()
+    axis.margins(y=0.6 / len(cells))
+    known = {cell.baseline for cell in cells.values()}
+    axis.set_title(title, loc="left")
+    axis.set_xlabel("difference to " + (known.pop() if len(known) == 1 else "the baseline that is like it"), fontsize=6.5)
+  title = f"{meanings.of(table['metric']).heading}: paired differences"
+  return [Drawing(f"{name}_differences", title, f"{title}, with 95 % intervals; filled where significant after Holm's"
+                  " correction", figure)]
 
 
 def _painted(panels):

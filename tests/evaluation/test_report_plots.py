@@ -58,6 +58,24 @@ def test_methods_meet_in_the_figure_against_evaluations_and_keep_their_colours()
   assert list(lines(axes[0])) == list(lines(axes[1]))[1:]  # the teacher comes first
 
 
+def test_differences_of_many_settings_are_filled_where_they_hold():
+  given = rows(BASE, seeds(4., 4.2, 4.1))
+  for n, values in ((1, seeds(3., 3.21, 3.1)), (10, seeds(4.1, 4.1, 4.1)), (50, seeds(5., 4., 4.5))):
+    given += rows(setting("+ddil", **{"states.every": n}), values)
+  assert "fd_differences" not in drawn(given)
+  given += rows(setting("+ddil", **{"states.every": 300}), seeds(3.5))
+  cells = comparisons.summarise(given)[0]["groups"][0]["cells"]
+  axis, = drawn(given)["fd_differences"].figure.axes
+  labels = [t.get_text() for t in axis.get_yticklabels()]
+  assert labels == [label for label in cells if label != "base"] and axis.get_xlabel() == "difference to base"
+  dots = [line for line in axis.lines if line.get_marker() == "o"]
+  assert [line.get_xdata()[0] for line in dots] == pytest.approx([cells[label].difference.mean for label in labels])
+  assert [line.get_markerfacecolor() != "none" for line in dots] == [cells[label].holm for label in labels]
+  assert [cells[label].holm for label in labels] == [True, False, False, False]
+  bars = [b.get_segments()[0][:, 0] for b in axis.collections]
+  assert len(bars) == 3 and bars[0] == pytest.approx([cells[labels[0]].difference.low, cells[labels[0]].difference.high])
+
+
 def test_files_are_whole_and_the_same_again(tmp_path):
   given = [r for n in (4, 2) for r in rows(BASE, SHOT["base"], steps=n) + rows(DDIL, SHOT["+ddil"], steps=n)]
   written = []
