@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ddil_jax.errors import UsageError
 from ddil_jax.keys import named
+from ddil_jax.models.adapters import Adapter
 from ddil_jax.models.layers import GroupNorm, dropout, guidance_embedding, sinusoidal_embedding
 from ddil_jax.types import Array, Cond
 
@@ -76,6 +77,9 @@ class UNet(nn.Module):
     end_time_embedding: width of the embedding of cond["end_time"] (missing: t itself); likewise.
     dtype: compute dtype; parameters and output are float32.
     remat: an entry of REMAT: what is kept for the gradient, and what computed anew to save memory.
+    adapter: hidden width of an adapter after each residual block and its attention, which reads the guidance
+      scale, the time and the class (`models/adapters.py`); 0 is none. All of their parameters are below names
+      of their own, "<block>_adapter"; they start as no change.
   """
   out_channels: int
   channels: int = 8
@@ -89,6 +93,7 @@ class UNet(nn.Module):
   end_time_embedding: int = 0
   dtype: Any = jnp.float32
   remat: str = "none"
+  adapter: int = 0
 
   def feature_names(self) -> tuple[str, ...]:
     """Features that `__call__` gives on request."""
@@ -125,7 +130,13 @@ class UNet(nn.Module):
       h = res_block(width, self.dropout, self.dtype, name=name)(h, emb, keys)
       if h.shape[1] in self.attention_resolutions:
         h = attention(self.num_heads, self.dtype, name=f"{name}_attention")(h)
-      return h
+      return adapted(h, name)
+
+    def adapted(h, name):
+      if not self.adapter:
+        return h
+      offset = Adapter(h.shape[-1], self.adapter, name=f"{name}_adapter")(*self._for_adapters(t, cond))
+      return h + offset[:, None, None].astype(h.dtype)
 
     emb = nn.silu(self._embed(t, cond))
     h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(x)
@@ -141,7 +152,7 @@ class UNet(nn.Module):
     found["encoder"] = h
 
     h = block(h, last, "mid_0")
-    h = res_block(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys)
+    h = adapted(res_block(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys), "mid_1")
     found["bottleneck"] = h
 
     for i in reversed(range(last + 1)):
@@ -174,6 +185,15 @@ class UNet(nn.Module):
       label = cond.get("label", jnp.full(t.shape, self.num_classes, jnp.int32))
       h = h + nn.Embed(self.num_classes + 1, width, dtype=self.dtype, name="label")(label)
     return h
+
+  def _for_adapters(self, t: Array, cond: Cond) -> tuple[Array, ...]:
+    """Guidance scale [B] (missing: 1), time [B] from 0 to 5, as wide as the scales, and class [B, classes + 1]."""
+    scale = cond.get("guidance_scale", jnp.ones(t.shape)).astype(jnp.float32)
+    read = (scale, t.astype(jnp.float32) / 200)
+    if not self.num_classes:
+      return read
+    label = cond.get("label", jnp.full(t.shape, self.num_classes, jnp.int32))
+    return (*read, jax.nn.one_hot(label, self.num_classes + 1))
 
 
 def upsample(x: Array, size: tuple[int, int]) -> Array:

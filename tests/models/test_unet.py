@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ddil_jax.errors import UsageError
+from ddil_jax.models.adapters import learns
 from ddil_jax.models.base import as_net_fn, by_path, count_params, init_from
 from ddil_jax.models.unet import REMAT, UNet, upsample
 
@@ -161,6 +162,33 @@ def test_guidance_embedding_has_no_effect_at_first():
                                 student(trained, x, t, {**cond, "guidance_scale": jnp.ones(4)}))
   change = np.abs(student(trained, x, t, guided) - student(trained, x, t, cond)).max(axis=(1, 2, 3))
   assert change[0] == 0 and np.all(change[1:] > 1e-3)
+
+
+def test_adapters_have_no_effect_at_first_and_parameters_of_their_own():
+  """The base network to the bit, whatever the scale; later they read scale, time and class of their own example."""
+  options = dict(attention_resolutions=(4,))
+  base, base_params = make(**options)
+  net, own = make(**options, adapter=8)
+  base_params, x, t, cond = noisy(base_params), *batch()
+  params, report = init_from(own, base_params)
+  assert report.unused == () and all("_adapter/" in name for name in report.kept)
+  assert {name.partition("/")[0] for name in report.kept} == {
+      f"{block}_adapter" for block in ("down_0_0", "down_1_0", "mid_0", "mid_1", "up_0_0", "up_1_0")}
+  guided = {**cond, "guidance_scale": jnp.array([1.0, 2.0, 5.0, 15.0])}
+  np.testing.assert_array_equal(net(params, x, t, guided), base(base_params, x, t, cond))
+
+  trained = {name: noisy(value) if name.endswith("_adapter") else value for name, value in params.items()}
+  before = net(trained, x, t, cond)
+  assert np.abs(before - base(base_params, x, t, cond)).max() > 1e-3
+  change = np.abs(net(trained, x, t, guided) - before).max(axis=(1, 2, 3))
+  assert change[0] == 0 and np.all(change[1:] > 1e-3)
+
+
+def test_what_of_an_adapter_learns():
+  """All but the frequencies and phases of its waves."""
+  _, params = make(adapter=8)
+  fixed = {name for name in by_path(params["mid_0_adapter"]) if not learns(name)}
+  assert fixed == {f"{encoder}/{name}" for encoder in ("guidance_scale", "time") for name in ("frequencies", "phases")}
 
 
 def test_dropout_is_per_example_and_off_without_keys():
