@@ -5,6 +5,7 @@ optimizers. Everything below it takes plain arguments.
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,11 +25,12 @@ from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import results
 from ddil_jax.interop import diffusers, extractors
+from ddil_jax.models import adapters
 from ddil_jax.models import base as models
 from ddil_jax.models.diffusers_unet import DiffusersUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import REMAT, UNet
-from ddil_jax.objectives.base import Objective, Parts, bind
+from ddil_jax.objectives.base import Adapted, Objective, Parts, bind, completed
 from ddil_jax.states import priors as priors_lib
 from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
 from ddil_jax.states.forward import forward
@@ -200,10 +202,12 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
 
   if model.pop("file", ""):
     student_net, teacher_net = published_networks(config, shape, num_classes, prediction_)
+    adapt = None
   else:
     teacher_model.pop("file", "")
     student_net = make_network(model, shape, num_classes, prediction_)
     teacher_net = make_network(teacher_model, shape, num_classes, prediction_)
+    adapt = functools.partial(adapted, teacher_model, shape, num_classes, process_, prediction_)
   has_teacher = config.objective.name != "denoising"
 
   def init_from_teacher(net: models.Network):
@@ -230,7 +234,7 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
       guidance=lambda scale: transforms.guidance(scale, null), guidance_scale=config.teacher.guidance_scale,
       num_classes=num_classes, image_shape=shape,
       reflect_teacher=reflect("teacher"), reflect_target=reflect("target"),
-      reflect_sampler=reflect("sampler")), teacher_net.init if has_teacher else None
+      reflect_sampler=reflect("sampler"), adapt=adapt), teacher_net.init if has_teacher else None
 
 
 def make_network(model: dict, image_shape, num_classes: int, prediction_) -> models.Network:
@@ -238,6 +242,26 @@ def make_network(model: dict, image_shape, num_classes: int, prediction_) -> mod
   module = UNet(**{**model, "dtype": jnp.dtype(model["dtype"])}, out_channels=image_shape[-1] * prediction_.channels,
                 num_classes=num_classes)
   return _with_shape(module, image_shape)
+
+
+def adapted(model: dict, image_shape, num_classes: int, process_, prediction_, hidden: int) -> Adapted:
+  """The project's UNet of a teacher with adapters of a hidden width.
+
+  Raises:
+    UsageError: a teacher that reads the guidance scale itself.
+  """
+  if model["guidance_embedding"]:
+    raise UsageError(f"config.teacher.guidance_embedding={model['guidance_embedding']}: adapters read the guidance scale"
+                     " for a teacher that does not, set it to 0")
+  net = make_network({**model, "adapter": hidden}, image_shape, num_classes, prediction_)
+
+  def apply(params, *args):
+    return net.apply({**params["base"], **params["adapter"]}, *args)
+
+  def init(key: Array, teacher: Params) -> Params:
+    return {name: value for name, value in net.init(key).items() if name not in teacher}
+
+  return Adapted(prediction.make_denoiser(apply, process_, prediction_), init, adapters.learns)
 
 
 def _with_shape(module, image_shape) -> models.Network:
@@ -312,7 +336,8 @@ def make_objective(config: ConfigDict, parts: Parts) -> Objective:
     if entry in objective.reads and not config.model[field]:
       raise UsageError(f"objective '{objective.name}' gives its student the {entry}: it needs config.model.{field} > 0"
                        " (a dimension such as 32)")
-  if getattr(config.objective, "guidance_range", ()) and not config.model.guidance_embedding:
+  reads_scale = config.model.guidance_embedding or objective.complete  # adapters read it
+  if getattr(config.objective, "guidance_range", ()) and not reads_scale:
     raise UsageError("config.objective.guidance_range is given, so the student needs"
                      " config.model.guidance_embedding > 0 (a dimension such as 32)")
   return objective
@@ -333,7 +358,8 @@ def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> State
   process_, draw, condition = parts.process, objective.draw, objective.condition
 
   def student_policy(ctx: Context) -> Policy:
-    return objective.solver(process_, parts.reflect_sampler(bind(objective.student, ctx.student)))
+    student = bind(objective.student, completed(objective, ctx.student, ctx.teacher))
+    return objective.solver(process_, parts.reflect_sampler(student))
 
   def teacher_policy(ctx: Context) -> Policy:
     return solvers.ddim()(process_, objective.teacher(ctx.teacher))

@@ -25,6 +25,7 @@ from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
 from ddil_jax.errors import UsageError
 from ddil_jax.models import base as models
+from ddil_jax.objectives.base import completed
 from ddil_jax.training import checkpoint, compiling, loop, parallel, processes
 from ddil_jax.training import params as params_lib
 from ddil_jax.training import workdir as workdir_lib
@@ -216,7 +217,7 @@ def _train(config, workdir, setup, say):
       checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
-      rows = measure_lib.measure(config, built, parallel.local(student_params(state, config.eval.ema)), teacher,
+      rows = measure_lib.measure(config, built, student_params(config, built, state, teacher), teacher,
                                  workdir / "samples" / f"step_{step}" if processes.is_first() else None, shift=False)
       metrics = rows[0]["metrics"]  # of the first sampler, the student as it was trained
       write(step, {f"eval/{k}": v for k, v in metrics.items()})
@@ -240,7 +241,7 @@ def _train(config, workdir, setup, say):
                                                workdir / "profile"))
     state = runner.fetch(state)
     seconds = clock.total()
-  params = parallel.local(student_params(state, config.eval.ema))
+  params = student_params(config, built, state, teacher)
   return trained.write_results(config, built, params, teacher, workdir, seconds)
 
 
@@ -270,7 +271,7 @@ def _diagnose(config, built, teacher, frozen, batches, runner, write):
     values = loop.summarise([own(state, frozen, place_batch(batches[step + i]), jax.random.fold_in(key, i))
                              for i in several])
     if config.eval.shift_samples and built.objective.teacher is not None:
-      values |= probe().drift(parallel.local(student_params(state, config.eval.ema)))
+      values |= probe().drift(student_params(config, built, state, teacher))
     if values:
       write(step, values)
 
@@ -301,6 +302,8 @@ def _stored(params, dtype: str):
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def student_params(state, name: str):
-  """The student's parameters: "raw", or an EMA by name."""
-  return state.params["student"] if name == "raw" else state.ema[name]
+def student_params(config, built, state, teacher):
+  """The student as it is evaluated: its own parameters or an EMA, with the teacher's where it builds on them."""
+  name = config.eval.ema
+  own = parallel.local(state.params["student"] if name == "raw" else state.ema[name])
+  return completed(built.objective, own, teacher)

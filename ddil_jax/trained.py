@@ -16,6 +16,7 @@ from ddil_jax import shift as shift_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, sampling
 from ddil_jax.interop import diffusers, release
+from ddil_jax.objectives.base import completed
 from ddil_jax.training import checkpoint, processes
 from ddil_jax.training import logging as log_lib
 from ddil_jax.training import params as params_lib
@@ -105,16 +106,32 @@ def evaluate_files(config: ConfigDict, path: str, reference: str, out: str | pat
 
 
 def params_of(config, built, workdir):
-  """The student of a run and the checkpoint's meta. Raises UsageError if it does not fit the config."""
+  """The student of a run, with the teacher's parameters where it builds on them, and the checkpoint's meta.
+
+  Raises:
+    UsageError: it does not fit the config, or the teacher is not the one on which it was trained.
+  """
   if not pathlib.Path(workdir).is_dir():
     raise UsageError(f"{workdir} is no run directory; train a run there first")
   if config.train.stages:
     folders = ", ".join(f"{workdir}/stage_{n}" for n in config.train.stages)
     raise UsageError(f"{workdir} is a run in stages; give one of {folders}")
   params, meta, origin = _load_student(workdir, config.eval.ema)
-  shapes = jax.eval_shape(lambda key: built.parts.init_student(key, ()), jax.random.key(0))
-  params_lib.require_like(params, shapes, f"checkpoint {origin}")
-  return jax.tree.map(jnp.asarray, params), meta
+  params_lib.require_like(params, jax.eval_shape(_init_student(built), jax.random.key(0)), f"checkpoint {origin}")
+  params = jax.tree.map(jnp.asarray, params)
+  if not built.objective.complete:
+    return params, meta
+  teacher = load_teacher(config, built)
+  if meta.get("teacher") != params_lib.hash_params(teacher):
+    raise UsageError(f"the student in {workdir} is the part of a network whose rest is its teacher, and the one at"
+                     f" {config.teacher.path} has other parameters than that; bring it back")
+  return completed(built.objective, params, teacher), meta
+
+
+def _init_student(built):
+  """key -> a student's own parameters."""
+  teacher = built.init_teacher or (lambda key: ())
+  return lambda key: built.objective.init(key, teacher(key))["student"]
 
 
 def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, seed: int, out: str | pathlib.Path,

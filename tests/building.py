@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from ddil_jax.diffusion import solvers
-from ddil_jax.objectives.base import bind
+from ddil_jax.objectives.base import bind, completed
 from ddil_jax.states.forward import forward
 from ddil_jax.states.mixture import mixture
 from ddil_jax.states.pairs import pairs
@@ -20,7 +20,8 @@ def sources(parts, objective, teacher_steps=16):
   """name -> Source, all that exist for an objective."""
   p, draw, condition = parts.process, objective.draw, objective.condition
   out = {"forward": forward(p, draw, condition, objective.prior_first)}
-  student = lambda ctx: objective.solver(p, bind(objective.student, ctx.student))  # noqa: E731
+  whole = lambda ctx: completed(objective, ctx.student, ctx.teacher)  # noqa: E731
+  student = lambda ctx: objective.solver(p, bind(objective.student, whole(ctx)))  # noqa: E731
   out["student"] = rollout_source("student", p, student, objective.sampler_grid, objective.grid, draw, condition)
   if objective.teacher is not None:
     teacher = lambda ctx: solvers.ddim()(p, objective.teacher(ctx.teacher))  # noqa: E731

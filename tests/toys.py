@@ -1,11 +1,13 @@
 """Small pure networks and teachers for tests: per-pixel MLPs with known structure."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ddil_jax.diffusion import grids, prediction, process, transforms
-from ddil_jax.objectives.base import Parts
+from ddil_jax.objectives.base import Adapted, Parts
 
 NUM_CLASSES = 3
 IMAGE = (4, 4, 2)
@@ -25,11 +27,14 @@ def toy_net(params, x, t, cond, keys=None, features=()):
   bias = (t / 1000)[:, None] * params["time"][None]
   if "label" in cond:
     bias = bias + params["label"][cond["label"]]
-  if "guidance_scale" in cond:
+  if "guidance_scale" in cond and "adapter" not in params:  # which reads it instead
     bias = bias + 0.01 * cond["guidance_scale"][:, None] * params["time"][None]
   if "end_time" in cond:
     bias = bias + 0.1 * (cond["end_time"] / 1000)[:, None] * params["time"][None]
   hidden = jnp.tanh(x @ params["W1"] + bias[:, None, None, :])
+  if "adapter" in params:
+    read = jnp.stack([cond["guidance_scale"], t / 1000], axis=-1)
+    hidden = hidden + (jnp.tanh(read @ params["adapter"]["in"]) @ params["adapter"]["out"])[:, None, None, :]
   out = hidden @ params["W2"]
   return (out, {name: hidden for name in features}) if features else out
 
@@ -49,6 +54,18 @@ def copy_of(teacher, key):
   return jax.tree.map(jnp.array, teacher) if teacher else toy_init(key)
 
 
+def adapted(process_):
+  """hidden width -> the toy network with an adapter that reads guidance scale and time."""
+  def net(params, x, t, cond, keys=None, features=()):
+    return toy_net({**params["base"], "adapter": params["adapter"]}, x, t, cond, keys, features)
+
+  def init(hidden, key, teacher):
+    return {"in": jax.random.normal(key, (2, hidden)), "out": jnp.zeros((hidden, teacher["W1"].shape[1]))}
+
+  return lambda hidden: Adapted(prediction.make_denoiser(net, process_, prediction.v()),
+                                functools.partial(init, hidden), lambda path: True)
+
+
 def toy_parts(process_=None, grid="uniform", reflect=None, guidance_scale=1.0, teacher=None, student=None):
   """Parts with toy networks; `teacher` may be a closed-form denoiser."""
   process_ = process_ or process.cosine()
@@ -61,7 +78,8 @@ def toy_parts(process_=None, grid="uniform", reflect=None, guidance_scale=1.0, t
       head=toy_head, init_head=lambda key, feature: {"w": jax.random.normal(key, (feature.shape[-1],))},
       guidance=lambda scale: transforms.guidance(scale, null), guidance_scale=guidance_scale,
       num_classes=NUM_CLASSES, image_shape=IMAGE,
-      reflect_teacher=reflect, reflect_target=reflect, reflect_sampler=reflect)
+      reflect_teacher=reflect, reflect_target=reflect, reflect_sampler=reflect,
+      adapt=adapted(process_))
 
 
 def toy_batch(size=8, seed=0):

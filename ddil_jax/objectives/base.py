@@ -25,6 +25,19 @@ from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
 Metrics = dict[str, Array]
 
 
+class Adapted(NamedTuple):
+  """The teacher's network with adapters in its blocks.
+
+  Attributes:
+    denoiser: of {"base": the teacher's params, "adapter": the adapters'}.
+    init: (key, teacher params) -> the adapters' params, which change nothing at first.
+    learns: whether an adapter's parameter, by its path, is trained.
+  """
+  denoiser: Denoiser
+  init: Callable[[Array, Params], Params]
+  learns: Callable[[str], bool]
+
+
 class Parts(NamedTuple):
   """The networks and maths that `build` hands to every objective.
 
@@ -37,6 +50,7 @@ class Parts(NamedTuple):
     guidance: scale (number or None = per state) -> Transform of the teacher.
     num_classes: 0 for unconditional data; else the null label.
     reflect_teacher, reflect_target, reflect_sampler: the transforms at the three places.
+    adapt: hidden width -> Adapted; None where the teacher's network takes no adapters.
   """
   process: Process
   make_grid: Callable[[int], np.ndarray]
@@ -54,6 +68,7 @@ class Parts(NamedTuple):
   reflect_teacher: Transform
   reflect_target: Transform
   reflect_sampler: Transform
+  adapt: Callable[[int], Adapted] | None = None
 
 
 class View(NamedTuple):
@@ -104,6 +119,8 @@ class Objective(NamedTuple):
     own_source: the states on which the base method trains.
     diagnose: (View, states, Context) -> {name: [B]}: what the method measures of itself now and then,
       outside the step (`training/step.py::make_diagnose`); None for nothing.
+    complete: (the student's params, the teacher's) -> those of `student`, for a student that is a part of a
+      network whose rest is the frozen teacher; None: its own are all.
   """
   name: str
   grid: np.ndarray
@@ -121,11 +138,17 @@ class Objective(NamedTuple):
   prior_first: bool = False
   own_source: str = "forward"
   diagnose: Callable[[View, States, Context], Metrics] | None = None
+  complete: Callable[[Params, Params], Params] | None = None
 
 
 def bind(denoiser: Denoiser, params: Params, keys: Array | None = None) -> DenoiseFn:
   """A DenoiseFn of fixed parameters and dropout keys."""
   return lambda x_t, t, cond: denoiser(params, x_t, t, cond, keys)
+
+
+def completed(objective: Objective, student: Params, teacher: Params) -> Params:
+  """The parameters with which `objective.student` runs, from those of the student and of the teacher."""
+  return objective.complete(student, teacher) if objective.complete else student
 
 
 def draw_index(grid: np.ndarray) -> Callable[[Array], tuple[Array, Array]]:
