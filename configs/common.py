@@ -62,7 +62,8 @@ def common() -> ConfigDict:
       sampler=False))
 
   config.optimizer = ConfigDict(dict(
-      name="adam", learning_rate=3e-4, schedule="constant", warmup_steps=0, end=0.0, clip=1.0,
+      name="adam", learning_rate=3e-4, schedule="constant", warmup_steps=0, clip=1.0,
+      start=0.0, end=0.0,  # of warm-up and decay, in units of the learning rate
       critic_learning_rate=0.0))  # 0: the same as the student's
   config.train = ConfigDict(dict(
       steps=10_000, batch_size=128,

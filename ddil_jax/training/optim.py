@@ -11,8 +11,9 @@ OPTIMIZERS = {"adam": optax.adam, "adamw": optax.adamw, "radam": optax.radam, "l
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def learning_rate(peak: float, schedule: str, total_steps: int, warmup_steps: int = 0, end: float = 0.0):
-  """A schedule: warm-up from 0 to `peak`, then constant, or linear or cosine decay to `end` * peak."""
+def learning_rate(peak: float, schedule: str, total_steps: int, warmup_steps: int = 0, end: float = 0.0,
+                  start: float = 0.0):
+  """A schedule: warm-up from `start` * peak to `peak`, then constant, or linear or cosine decay to `end` * peak."""
   decay_steps = max(1, total_steps - warmup_steps)
   if schedule == "constant":
     body = optax.constant_schedule(peak)
@@ -24,7 +25,7 @@ def learning_rate(peak: float, schedule: str, total_steps: int, warmup_steps: in
     raise UsageError(unknown("learning-rate schedule", schedule, SCHEDULES))
   if not warmup_steps:
     return body
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), body], [warmup_steps])
+  return optax.join_schedules([optax.linear_schedule(start * peak, peak, warmup_steps), body], [warmup_steps])
 
 
 def make(name: str, learning_rate, clip: float = 0.0, **options) -> optax.GradientTransformation:
