@@ -32,7 +32,8 @@ class NetFn(Protocol):
 
   `t` is the *network's* time input (`process.time_input(t)`, about 0..1000).
   `keys` [B] switch dropout on; None is deterministic. With `features`, a tuple of
-  names, it returns `(out, {name: array})`.
+  names, it returns `(out, {name: array})`. Some networks also take features of an earlier call, by
+  a last argument `reuse`: `models/unet.py`.
   """
 
   def __call__(self, params: Params, x: Array, t: Array, cond: Cond, keys: Array | None = None,

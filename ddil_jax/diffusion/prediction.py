@@ -158,18 +158,20 @@ def make_denoiser(net: NetFn, process: Process, prediction: Prediction,
       cond["end_time"] too; cond["time_sign"] multiplies both and does not reach the network.
 
   Returns:
-    (params, x_t, t, cond, keys=None, features=()) -> x0, or (x0, features) when names are asked for.
+    (params, x_t, t, cond, keys=None, features=(), reuse=None) -> x0, or (x0, features) when names are asked for.
+    With `reuse`, {name: value}, a network that can takes features instead of computing them.
     x0 has the dtype of x_t whatever the network computes in.
   """
   time_input = time_input or process.time_input
 
-  def denoiser(params, x_t, t, cond, keys=None, features=()):
+  def denoiser(params, x_t, t, cond, keys=None, features=(), reuse=None):
     alpha, sigma = expand(process.alpha(t), x_t), expand(process.sigma(t), x_t)
     sign = cond.get("time_sign", 1)
     told = {name: value for name, value in cond.items() if name != "time_sign"}
     if "end_time" in cond:
       told["end_time"] = sign * time_input(cond["end_time"])
-    out = net(params, prediction.scale_input(x_t, alpha, sigma), sign * time_input(t), told, keys, features)
+    out = net(params, prediction.scale_input(x_t, alpha, sigma), sign * time_input(t), told, keys, features,
+              *(() if reuse is None else (reuse,)))
     out, named = out if features else (out, None)
     estimate = prediction.to_x0(out.astype(x_t.dtype), x_t, alpha, sigma)
     return (estimate, named) if features else estimate

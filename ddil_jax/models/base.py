@@ -35,8 +35,9 @@ def as_net_fn(module: nn.Module) -> Network:
       return module.init(key, x, t, cond)["params"]
     return unoptimised(key, x, t, cond)["params"]
 
-  def apply(params, x, t, cond, keys=None, features=()):
-    return module.apply({"params": params}, x, t, cond, keys, features)
+  def apply(params, x, t, cond, keys=None, features=(), reuse=None):
+    taken = () if reuse is None else (reuse,)  # of networks that take features
+    return module.apply({"params": params}, x, t, cond, keys, features, *taken)
 
   # One compilation instead of one a layer, and unoptimised: it runs once, and optimising the
   # random draws of every layer takes far longer (2 s against 10 to 17 s for the smallest UNet).

@@ -99,9 +99,17 @@ class UNet(nn.Module):
     """Features that `__call__` gives on request."""
     return ("bottleneck", "encoder", *(f"level{i}" for i in range(len(self.channel_mult))))
 
+  def cache_names(self) -> tuple[str, ...]:
+    """Features that `__call__` gives on request and takes in `reuse`, in place of computing them.
+
+    "deep<m>" enters the up path's block that reads the skip of down block m, counted from the first: taking it
+    leaves m + 1 blocks down and up. "skips" is all that the encoder and the middle give.
+    """
+    return ("skips", *(f"deep{m}" for m in range(len(self.channel_mult) * self.num_res_blocks)))
+
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, keys: Array | None = None,
-               features: tuple[str, ...] = ()) -> Any:
+               features: tuple[str, ...] = (), reuse: dict[str, Any] | None = None) -> Any:
     """Runs the network.
 
     Args:
@@ -109,7 +117,8 @@ class UNet(nn.Module):
       t: time input [B], about 0..1000.
       cond: "label" int [B] (missing: null class), "guidance_scale" float [B] (missing: 1).
       keys: [B] typed keys that switch dropout on.
-      features: names of features wanted; see `feature_names`.
+      features: names of features wanted; see `feature_names` and `cache_names`.
+      reuse: one of `cache_names` and its value, of an earlier call; features that it passes over are not there.
 
     Returns:
       float32 [B, H, W, out_channels]; with features, a pair of it and {name: [B, h, w, c]}.
@@ -117,11 +126,13 @@ class UNet(nn.Module):
     Raises:
       UsageError: unknown feature, or heads that do not divide the channels.
     """
-    unknown = [name for name in features if name not in self.feature_names()]
+    known, reuse = (*self.feature_names(), *self.cache_names()), reuse or {}
+    unknown = [name for name in (*features, *reuse) if name not in known]
     if unknown:
-      raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(self.feature_names())}")
-    last = len(self.channel_mult) - 1
-    found = {}
+      raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(known)}")
+    last, per_level, found = len(self.channel_mult) - 1, self.num_res_blocks, {}
+    # Skips are numbered from the first block; without a deep feature to take, the last of them is computed too.
+    depth = next((m for m in range((last + 1) * per_level) if f"deep{m}" in reuse), (last + 1) * per_level - 1)
     kept = lambda part: nn.remat(part, policy=REMAT[self.remat]) if REMAT[self.remat] else part  # noqa: E731
     res_block, attention = kept(ResBlock), kept(Attention)
 
@@ -139,26 +150,27 @@ class UNet(nn.Module):
       return h + offset[:, None, None].astype(h.dtype)
 
     emb = nn.silu(self._embed(t, cond))
-    h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(x)
-
-    skips = []
-    for i in range(last + 1):
-      for j in range(self.num_res_blocks):
-        h = block(h, i, f"down_{i}_{j}")
+    skips, h = reuse["skips"] if "skips" in reuse else ((), None)
+    skips = list(skips)
+    if h is None:
+      h = nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv_in")(x)
+      for number in range(depth + 1):
+        i, j = divmod(number, per_level)
+        if i > 0 and j == 0:
+          h = nn.avg_pool(h, (2, 2), (2, 2), "SAME", count_include_pad=False)
+        h = found[f"level{i}"] = block(h, i, f"down_{i}_{j}")
         skips.append(h)
-      found[f"level{i}"] = h
-      if i < last:
-        h = nn.avg_pool(h, (2, 2), (2, 2), "SAME", count_include_pad=False)
-    found["encoder"] = h
+      found["encoder"] = h
+    if not reuse:
+      h = block(h, last, "mid_0")
+      h = adapted(res_block(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys), "mid_1")
+      found["bottleneck"], found["skips"] = h, (tuple(skips), h)
 
-    h = block(h, last, "mid_0")
-    h = adapted(res_block(h.shape[-1], self.dropout, self.dtype, name="mid_1")(h, emb, keys), "mid_1")
-    found["bottleneck"] = h
-
-    for i in reversed(range(last + 1)):
-      for j in range(self.num_res_blocks):
-        h = block(jnp.concatenate([h, skips.pop()], axis=-1), i, f"up_{i}_{j}")
-      if i > 0:
+    for number in reversed(range(depth + 1)):
+      i, j = divmod(number, per_level)
+      h = found[f"deep{number}"] = reuse.get(f"deep{number}", h)
+      h = block(jnp.concatenate([h, skips.pop()], axis=-1), i, f"up_{i}_{per_level - 1 - j}")
+      if i > 0 and j == 0:
         h = upsample(h, skips[-1].shape[1:3])
         h = nn.Conv(h.shape[-1], (3, 3), dtype=self.dtype, name=f"upsample_{i}")(h)
 

@@ -83,7 +83,8 @@ def agd(case):
     return each.mean(), (own, found)
 
   (value, (own, found)), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(base, adapter)
-  encode = lambda name, values: ScalarEncoder(hyper["hidden_dim"]).apply({"params": adapter[name]}, values)  # noqa: E731
+  encoder = ScalarEncoder(hyper["hidden_dim"])
+  encode = lambda name, values: encoder.apply({"params": adapter[name]}, values)  # noqa: E731
   embedding = encode("guidance_scale", hyper["cfg_mult"] * case["w"])
   case.check("guidance_embedding", embedding)
   embedding = embedding + encode("time", t) if hyper["use_timestep"] else embedding
