@@ -77,7 +77,7 @@ def markdown(found: list[Mixed]) -> str:
 
 
 def draw(found: list[Mixed]) -> Drawing:
-  """A panel for each kind of student; a point for each mixed sampler says which steps the teacher takes."""
+  """A panel for each kind of student; along x which steps the teacher takes, and the evaluations that this costs."""
   students = list(dict.fromkeys(m.student for m in found))
   paint = styles([m.variant for m in found])
   with matplotlib.rc_context(STYLE):
@@ -86,19 +86,20 @@ def draw(found: list[Mixed]) -> Drawing:
     figure = Figure(figsize=(3.2 * columns, 2.6 * count), layout="constrained")
     axes = figure.subplots(count, columns, squeeze=False).flat
     for axis, student in zip(axes, students):
-      for i, variant in enumerate(paint):
-        for m in (m for m in found if (m.student, m.variant) == (student, variant)):
-          colour = paint[variant][0]
-          axis.errorbar(m.evaluations, m.interval.mean, yerr=m.interval.half, fmt="o" if m.acts else "s", color=colour)
-          axis.annotate(_steps(m), (m.evaluations, m.interval.mean), color=colour, fontsize=6,
-                        textcoords="offset points", xytext=(4, 3 - 9 * (i % 2)))
-      axis.set(title=_title(student), xlabel="network evaluations of a sample", ylabel="Fréchet distance")
-      scale(axis, [m.interval.mean for m in found if m.student == student])
-      axis.margins(x=0.15)
+      own = [m for m in found if m.student == student]
+      ticks = {m.acts: f"{_steps(m)}\n({m.evaluations:g})"
+               for m in sorted(own, key=lambda m: (m.evaluations, len(m.acts), m.acts))}
+      for m in own:
+        # The variants stand a little apart, so that bars do not hide each other.
+        x = list(ticks).index(m.acts) + 0.16 * (list(paint).index(m.variant) - (len(paint) - 1) / 2)
+        axis.errorbar(x, m.interval.mean, yerr=m.interval.half, fmt="o" if m.acts else "s", color=paint[m.variant][0])
+      axis.set_xticks(range(len(ticks)), list(ticks.values()))
+      axis.set(title=_title(student), xlabel="steps of the teacher (network evaluations)", ylabel="Fréchet distance")
+      scale(axis, [m.interval.mean for m in own])
     for axis in list(axes):
       axis.remove()
   return Drawing("teacher_acts", "Fréchet distance when the teacher takes some of the steps",
-                 "Fréchet distance against network evaluations; each point says which of the steps the teacher takes",
+                 "Fréchet distance by the steps that the teacher takes, and the network evaluations that it costs",
                  figure, [(variant, *paint[variant]) for variant in paint])
 
 
