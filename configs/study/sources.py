@@ -4,7 +4,7 @@ Rollouts are fresh at every step (no replay), so that they pay for themselves: a
 gets fewer steps. The budget is that of the base config on forward states.
 """
 
-from configs.study.parts import DMD2, METHODS, SEEDS, merge, mixture, step_cost
+from configs.study.parts import DMD2, LCM, METHODS, SEEDS, merge, mixture, step_cost
 from ddil_jax.sweep import cross, product
 
 MIXTURES = (mixture(forward=1.0), mixture(student=1.0), mixture(teacher=1.0), mixture(forward=0.5, student=0.5),
@@ -12,7 +12,7 @@ MIXTURES = (mixture(forward=1.0), mixture(student=1.0), mixture(teacher=1.0), mi
             mixture(forward=0.5, student=0.25, teacher=0.25))
 
 
-def sweep() -> list[dict]:
+def at_budget() -> list[dict]:
   """Four methods x seven mixtures."""
   entries = []
   for method in METHODS:
@@ -20,4 +20,12 @@ def sweep() -> list[dict]:
     for priors in MIXTURES:
       steps = round(budget / step_cost(method, priors))
       entries.append(merge(method, priors, {"states.replay": False, "train.steps": steps}))
-  return cross(entries, product({"seed": SEEDS}))
+  return entries
+
+
+def sweep() -> list[dict]:
+  """And LCM on forward states with as few steps as two of the mixtures leave: fewer steps alone may help or harm."""
+  lcm = next(m for m in METHODS if m["config"] == LCM)
+  steps = [{"states.replay": False, "train.steps": n} for n in (150, 214)]
+  controls = [merge(lcm, mixture(forward=1.0), fields) for fields in steps]
+  return cross(at_budget() + controls, product({"seed": SEEDS}))

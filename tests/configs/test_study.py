@@ -25,7 +25,7 @@ def test_every_setting_has_its_seeds(part):
 
 def test_mixtures_cost_the_same():
   """Steps x evaluations a step is that of the base, to half a step."""
-  for entry in sources.sweep():
+  for entry in sources.at_budget():
     priors = {name: entry[name] for name in parts.mixture()}
     cost = parts.step_cost(entry, priors)
     steps = 1000 if entry["config"] == parts.DMD2 else 300
