@@ -58,7 +58,8 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
   folded = config.teacher.folded_guidance_scale
   own = config.eval.sampler_times
   walks = [_own_grid(built, own)] if own and steps is None else [_sampler_grid(built, n) for n in dict.fromkeys(counts)]
-  found = [_sampler(config, built, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
+  shift = time_shift(config, built)
+  found = [_sampler(built, shift, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
   return [_with_teacher(built, sampler, config) for sampler in found] if config.eval.teacher_acts else found
 
 
@@ -115,10 +116,9 @@ def time_shift(config: ConfigDict, built: "Built") -> transforms.Transform:
     raise UsageError(f"config.eval.time_shift: {error}") from None
 
 
-def _sampler(config: ConfigDict, built: "Built", grid: np.ndarray, guidance_scale: float, reads_scale: bool,
+def _sampler(built: "Built", shift: transforms.Transform, grid: np.ndarray, guidance_scale: float, reads_scale: bool,
              folded: float) -> Sampler:
   objective, parts, steps = built.objective, built.parts, len(grid) - 1
-  shift = time_shift(config, built)
   is_teacher = objective.name == "denoising"
 
   def policy(params):

@@ -6,7 +6,7 @@
 
 The script runs where `gcloud` is set up. The project and its environment `.venv` (with `jax[tpu]`) lie in the same
 folder on every worker, the workdir on a file system that all of them see. The processes find each other by the TPU's
-metadata.
+metadata. After a failure the script ends every `ddil_jax train` on the workers, whose chips only one run can have.
 """
 
 import re
