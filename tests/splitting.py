@@ -10,6 +10,7 @@ from ddil_jax.data import pipeline
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.objectives import dmd2
 from ddil_jax.states.replay import replay
+from ddil_jax.training.compiling import tally
 from ddil_jax.training.parallel import Options, make_runner
 from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import building, toys
@@ -53,12 +54,17 @@ class Training:
     self.frozen = self.runner.place_frozen({"teacher": teacher})
 
   def run(self, steps, state=None, first=0):
-    """The state after `steps` more, in the plain layout; `state` is used up."""
-    self.metrics = []
+    """The state after `steps` more, in the plain layout; `state` is used up.
+
+    Keeps the metrics of each step, and how many programs were compiled for it.
+    """
+    self.metrics, self.compiled = [], []
     state = self.runner.create(*self.start) if state is None else self.runner.place(state)
     for i in range(first, first + steps):
-      state, metrics = self.runner.step(state, self.frozen, self.runner.place_batch(batches()[i]),
-                                        jax.random.key(1), due_players(self.objective, i))
+      batch = self.runner.place_batch(batches()[i])
+      with tally() as compiled:
+        state, metrics = self.runner.step(state, self.frozen, batch, jax.random.key(1), due_players(self.objective, i))
+      self.compiled.append(compiled.programs)
       self.metrics.append({name: (float(m.total), float(m.count)) for name, m in metrics.items()})
     return self.runner.fetch(state)
 
