@@ -29,7 +29,7 @@ def common() -> ConfigDict:
   config.grid = ConfigDict(dict(name="uniform"))
 
   config.model = ConfigDict(dict(
-      file="",  # of `ddil convert`: student and teacher are networks of diffusers; the sizes below then do not count
+      file="",  # of `ddil convert`, or a config.json of diffusers: then the sizes below do not count
       channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7, 8), num_heads=4, dropout=0.0,
       guidance_embedding=0,  # dimension of the embedding of the guidance scale; 0 is none
       end_time_embedding=0,  # of the time at which a jump ends, for methods that tell it; 0 is none
@@ -56,7 +56,7 @@ def common() -> ConfigDict:
   # Reflected diffusion: a projection of x0 estimates, at three places.
   config.reflect = ConfigDict(dict(
       kind="identity",  # clip | dynamic | fold
-      lo=-1.0, hi=1.0,  # of the data: a number, or a tuple with one per channel
+      lo=-1.0, hi=1.0,  # of the data: a number, or a tuple with one per channel; () is what a prepared set names
       percentile=0.995,
       teacher=True, target=True,  # the target is an EMA or a critic; progressive distillation has none
       sampler=False))

@@ -186,6 +186,11 @@ def load_data(config: ConfigDict, split: str) -> Dataset:
   data = config.data
   given = dict(data_dir=data.data_dir or None, manual_dir=data.manual_dir or None, path=data.path or None,
                image_size=data.image_size or None)
+  if data.name == "fake_text" and config.model.get("file", ""):
+    # What a network of any size reads, so that a config can be tried, and planned, without its data.
+    module = diffusers.architecture(config.model.file)[0]
+    given |= dict(width=getattr(module, "text_width", 0) or None, pooled=getattr(module, "pooled_width", 0) or None,
+                  channels=getattr(module, "in_channels", None))
   return pipeline.load(data.name, split=split, **{k: v for k, v in given.items() if v is not None})
 
 
@@ -193,7 +198,7 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
   """Networks as functions, and the maths around them."""
   process_ = call("config.process", PROCESSES, config.process)
   prediction_ = call("config.prediction", prediction.PREDICTIONS, config.prediction)
-  shape, num_classes = dataset.images.shape[1:], dataset.num_classes
+  shape, num_classes, example = dataset.images.shape[1:], dataset.num_classes, _cond_of(dataset)
   model = dict(config.model)
   teacher_model = dict(model, guidance_embedding=config.teacher.get("guidance_embedding", 0), end_time_embedding=0)
   for field in ("channels", "channel_mult", "num_res_blocks"):
@@ -201,10 +206,13 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
       teacher_model[field] = config.teacher[field]
 
   if model.pop("file", ""):
-    student_net, teacher_net = published_networks(config, shape, num_classes, prediction_)
+    student_net, teacher_net = published_networks(config, shape, num_classes, prediction_, example)
     adapt = None
   else:
     teacher_model.pop("file", "")
+    if dataset.cond:
+      raise UsageError(f"data set {dataset.name} has {', '.join(dataset.cond)}, which the project's own UNet does not"
+                       " read: give one of diffusers as config.model.file, a file of `ddil convert` or a config.json")
     student_net = make_network(model, shape, num_classes, prediction_)
     teacher_net = make_network(teacher_model, shape, num_classes, prediction_)
     adapt = functools.partial(adapted, teacher_model, shape, num_classes, process_, prediction_)
@@ -219,10 +227,13 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
   def head_init(key, feature):
     return DiscriminatorHead().init(key, jnp.zeros(feature.shape, jnp.float32))["params"]
 
-  def null(cond: Cond) -> Cond:
-    return {**cond, "label": jnp.full_like(cond["label"], num_classes)} if "label" in cond else cond
+  nothing = {"label": np.int32(num_classes), **dataset.null}
 
-  reflect = make_reflection(config)
+  def null(cond: Cond) -> Cond:
+    return {name: jnp.broadcast_to(jnp.asarray(nothing[name], value.dtype), value.shape) if name in nothing else value
+            for name, value in cond.items()}
+
+  reflect = make_reflection(config, dataset)
   return Parts(
       process=process_, make_grid=lambda n: make_grid(config, n, process_),
       student=prediction.make_denoiser(student_net.apply, process_, prediction_),
@@ -231,7 +242,8 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
       critic=prediction.make_denoiser(teacher_net.apply, process_, prediction_),
       init_critic=init_from_teacher(teacher_net),
       head=lambda params, feature: DiscriminatorHead().apply({"params": params}, feature), init_head=head_init,
-      guidance=lambda scale: transforms.guidance(scale, null), guidance_scale=config.teacher.guidance_scale,
+      guidance=lambda scale: transforms.guidance(scale, null), null=null, cond=example,
+      guidance_scale=config.teacher.guidance_scale,
       num_classes=num_classes, image_shape=shape,
       reflect_teacher=reflect("teacher"), reflect_target=reflect("target"),
       reflect_sampler=reflect("sampler"), adapt=adapt), teacher_net.init if has_teacher else None
@@ -264,13 +276,22 @@ def adapted(model: dict, image_shape, num_classes: int, process_, prediction_, h
   return Adapted(prediction.make_denoiser(apply, process_, prediction_), init, adapters.learns)
 
 
-def _with_shape(module, image_shape) -> models.Network:
+def _cond_of(dataset: Dataset) -> Cond:
+  """What a batch of one example is conditioned on, as shapes."""
+  rows = {"label": np.asarray(dataset.labels), **dataset.cond}
+  return {name: jax.ShapeDtypeStruct((1, *v.shape[1:]), jax.dtypes.canonicalize_dtype(v.dtype))
+          for name, v in rows.items()}
+
+
+def _with_shape(module, image_shape, example: Cond | None = None) -> models.Network:
   net = models.as_net_fn(module)
   cond = {"label": jnp.zeros((1,), jnp.int32), "guidance_scale": jnp.ones((1,)), "end_time": jnp.zeros((1,))}
-  return models.Network(lambda key: net.init(key, image_shape, cond), net.apply)
+  more = {name: jnp.zeros(v.shape, v.dtype) for name, v in (example or {}).items()}
+  return models.Network(lambda key: net.init(key, image_shape, cond | more), net.apply)
 
 
-def published_networks(config: ConfigDict, image_shape, num_classes: int, prediction_) -> tuple[models.Network, ...]:
+def published_networks(config: ConfigDict, image_shape, num_classes: int, prediction_,
+                       example: Cond) -> tuple[models.Network, ...]:
   """(student, teacher) of the architecture in config.model.file; the student may read the guidance scale as well.
 
   Raises:
@@ -284,8 +305,13 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
   module, _ = diffusers.architecture(path)
   if not isinstance(module, DiffusersUNet):
     raise UsageError(f"config.model.file={path} is no UNet")
-  if module.text_width:
-    raise UsageError(f"config.model.file={path} reads text, and no data set of this version has any")
+  text = example["text"].shape[-1] if "text" in example else 0
+  pooled = example["text_pooled"].shape[-1] if "text_pooled" in example else 0
+  for what, reads, has in (("text", module.text_width, text), ("pooled text", module.pooled_width, pooled)):
+    if reads != has:
+      width = lambda n: f"{what} of width {n}" if n else f"no {what}"  # noqa: E731
+      raise UsageError(f"config.model.file={path} reads {width(reads)}, the data set {config.data.name} has"
+                       f" {width(has)}")
   channels = image_shape[-1]
   if (module.in_channels, module.out_channels) != (channels, channels * prediction_.channels):
     raise UsageError(f"config.model.file={path} maps {module.in_channels} to {module.out_channels} channels;"
@@ -297,7 +323,7 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
   style = dataclasses.replace(module.style, dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout)
   teacher = module.clone(style=style)
   student = teacher.clone(guidance_embedding=config.model.guidance_embedding or module.guidance_embedding)
-  return _with_shape(student, image_shape), _with_shape(teacher, image_shape)
+  return _with_shape(student, image_shape, example), _with_shape(teacher, image_shape, example)
 
 
 def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:
@@ -310,11 +336,15 @@ def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:
                      " of config.grid") from None
 
 
-def make_reflection(config: ConfigDict) -> Callable[[str], transforms.Transform]:
+def make_reflection(config: ConfigDict, dataset: Dataset) -> Callable[[str], transforms.Transform]:
   """place -> Transform, the identity where it is switched off."""
   r = config.reflect
-  options = {"identity": {}, "clip": dict(lo=r.lo, hi=r.hi), "fold": dict(lo=r.lo, hi=r.hi),
-             "dynamic": dict(lo=r.lo, hi=r.hi, percentile=r.percentile)}
+  lo, hi = (own if given == () and own else given for given, own in zip((r.lo, r.hi), dataset.bounds or ((), ())))
+  if r.kind != "identity" and () in (lo, hi):
+    raise UsageError(f"config.reflect.lo and hi are () for the bounds of the data set, and {dataset.name} names none:"
+                     " give them, a number or one per channel")
+  options = {"identity": {}, "clip": dict(lo=lo, hi=hi), "fold": dict(lo=lo, hi=hi),
+             "dynamic": dict(lo=lo, hi=hi, percentile=r.percentile)}
   project = transforms.projection(r.kind, **options.get(r.kind, {}))
   return lambda place: transforms.reflect(project) if r.kind != "identity" and r[place] else (lambda denoise: denoise)
 

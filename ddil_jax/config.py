@@ -78,7 +78,7 @@ def find(name: str) -> pathlib.Path:
 
 def available() -> list[str]:
   """The project's own configs by name."""
-  return sorted(p.stem for p in folder().glob("*.py") if p.stem not in ("__init__", "common"))
+  return sorted(p.stem for p in folder().glob("*.py") if p.stem not in ("__init__", "common", "text"))
 
 
 def override(config: ConfigDict, field: str, text: str) -> None:
@@ -121,7 +121,7 @@ def _parse(field, text, old):
     value = {"true": True, "false": False}.get(str(text).lower(), value)
   if field in PRIORS and tuple in (type(old), type(value)):
     return _prior(field, text, value)
-  if field in BOUNDS and isinstance(value, tuple) and value and all(isinstance(v, int | float) for v in value):
+  if field in BOUNDS and isinstance(value, tuple) and all(isinstance(v, int | float) for v in value):
     return tuple(float(v) for v in value)
   if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)

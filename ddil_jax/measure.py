@@ -5,6 +5,7 @@ import pathlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -12,10 +13,12 @@ from ddil_jax import build as build_lib
 from ddil_jax import samplers
 from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
-from ddil_jax.errors import RunError
+from ddil_jax.data.dataset import Dataset
+from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import features, grids, perceptual, results, sampling
 from ddil_jax.evaluation.image_sets import ImageSet, InMemory
-from ddil_jax.interop import extractors
+from ddil_jax.interop import diffusers, extractors
+from ddil_jax.models.autoencoder_kl import AutoencoderKL
 from ddil_jax.models.classifier import Classifier
 from ddil_jax.training import parallel
 
@@ -55,15 +58,17 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   data = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
   classes = built.dataset.num_classes
   metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
-  networks = load_networks(config, built.parts.image_shape, metrics, built.dataset)
-  reference = InMemory(data.images)
+  networks = load_networks(config, pixel_shape(built.dataset), metrics, built.dataset)
+  reference = InMemory(data.images if data.pixels is None else data.pixels[np.arange(len(data.labels))])
   name = reference_name(data.name, config.eval.reference, reference, networks)
-  labels = sampling.balanced_labels(config.eval.num_samples, classes)
+  cond = conditions(data, config.eval.num_samples)
+  labels = cond["label"]
   params, rows = devices.whole(params), []
   teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
   for sampler in samplers.samplers(config, built):
-    batches = sampling.sample_batches(draw_with(sampler, params, teacher), config.eval.num_samples,
-                                      built.parts.image_shape, config.eval.seed, labels, config.eval.batch_size, devices)
+    draw = draw_with(sampler, params, teacher, built.dataset.decoder)
+    batches = sampling.sample_batches(draw, config.eval.num_samples, pixel_shape(built.dataset), config.eval.seed, cond,
+                                      config.eval.batch_size, devices)
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     measured = measure_images(config, shown, config.eval.num_samples, labels if classes > 1 else None, reference, name,
@@ -117,11 +122,49 @@ def measure_images(config, batches, num: int, labels, reference: ImageSet, name:
                           measured.intervals | ({of_lpips: interval} if interval else {}))
 
 
-def draw_with(sampler: samplers.Sampler, params, teacher=None):
-  """(keys, labels) -> images; parameters are an argument of the compiled program, so that it is one for all runs."""
+def conditions(dataset: Dataset, num: int) -> dict[str, np.ndarray]:
+  """What `num` samples are conditioned on: classes in turn, and the set's prompts in a fixed random order."""
+  index = np.random.default_rng(0).permutation(len(dataset.labels))[np.arange(num) % len(dataset.labels)]
+  return {"label": sampling.balanced_labels(num, dataset.num_classes),
+          **{name: rows[index] for name, rows in dataset.cond.items()}}
+
+
+def draw_with(sampler: samplers.Sampler, params, teacher=None, decoder: str = ""):
+  """(keys, cond) -> images; parameters are an argument of the compiled program, so that it is one for all runs.
+
+  Args:
+    decoder: file of the autoencoder that makes images of what is sampled; "" where that are images.
+  """
   params = (params, teacher) if sampler.with_teacher else params
-  draw = jax.jit(lambda params, keys, label: sampler.sample(params, keys, {"label": label}))
-  return functools.partial(draw, params)
+  if not decoder:
+    return functools.partial(jax.jit(sampler.sample), params)
+  module, weights = _autoencoder(decoder)
+
+  @jax.jit
+  def draw(params, weights, keys, cond):
+    latents = sampler.sample(params, keys, cond)
+    return jnp.clip(module.apply({"params": weights}, latents, method="decode"), -1, 1)
+
+  return functools.partial(draw, params, weights)
+
+
+@functools.lru_cache(maxsize=1)
+def _autoencoder(path: str):
+  """(module, parameters) of the file of a data set's autoencoder."""
+  module, params, _ = diffusers.load(path)
+  if not isinstance(module, AutoencoderKL):
+    raise UsageError(f"{path} is no autoencoder")
+  return module, params["params"]
+
+
+def pixel_shape(dataset: Dataset) -> tuple[int, int, int]:
+  """(H, W, C) of the images as they are looked at: those of which `images` are latents."""
+  if not dataset.decoder:
+    return dataset.image_shape
+  module, _ = diffusers.architecture(dataset.decoder)
+  height, width, _ = dataset.image_shape
+  scale = 2 ** (len(module.down) - 1)
+  return height * scale, width * scale, module.channels
 
 
 def cache_dir(config) -> pathlib.Path:
@@ -172,6 +215,9 @@ def _published(text, quantise, image_shape, mode):
 
 def load_classifier(config, dataset) -> features.Extractor:
   """The small classifier of a data set, trained once and kept beside the data."""
+  if dataset.decoder:
+    raise UsageError(f"the small classifier knows no latents, which the data set {dataset.name} holds: give a network"
+                     " as config.eval.extractor, such as clip:FILE")
   cache = cache_dir(config)
   options = {"steps": 10} if config.data.name == "fake" else {}
   return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,

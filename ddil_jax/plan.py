@@ -269,8 +269,8 @@ def _as(tree, dtype):
 
 def _batch(built, size):
   shape = jax.ShapeDtypeStruct
-  return {"image": shape((size, *built.parts.image_shape), jnp.float32), "label": shape((size,), jnp.int32),
-          "lane": shape((size,), jnp.int32)}
+  cond = {name: shape((size, *v.shape[1:]), v.dtype) for name, v in built.parts.cond.items()}
+  return {"image": shape((size, *built.parts.image_shape), jnp.float32), **cond, "lane": shape((size,), jnp.int32)}
 
 
 def bytes_per_chip(tree) -> int:

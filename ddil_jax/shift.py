@@ -38,12 +38,13 @@ class Probe:
                teacher_steps: int, batch_size: int = 500, seed: int = 0):
     parts, data, grid = built.parts, built.dataset, sampler.grid
     first, second = _pairs_of_a_class(data.labels, num_samples, seed)
-    n, label = len(first), jnp.asarray(data.labels[first])
+    n = len(first)
     self.grid, self._n, self._batch_size = grid, n, batch_size
     fine = np.unique(np.concatenate([grid, parts.make_grid(teacher_steps)]).round(9))[::-1]
     self._at = [int(np.argmin(abs(fine - t))) for t in grid]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed + 1), jnp.arange(n))
-    self._keys, self._cond = keys, {"label": label}
+    self._keys = keys
+    self._cond = {name: jnp.asarray(rows[first]) for name, rows in {"label": data.labels, **data.cond}.items()}
 
     def start(keys):
       return prior(parts.process, keys, jnp.zeros(keys.shape + parts.image_shape))
@@ -149,7 +150,8 @@ class Probe:
     labels, ends = {}, {}
     for source in ("forward", "student", "teacher"):
       found = [self._in_batches(lambda x, cond, k=k: self._label_and_end(self._teacher, x, self._at[k], cond),
-                                paths[source][k][:n], {"label": self._cond["label"][:n]}) for k in range(last)]
+                                paths[source][k][:n], {name: v[:n] for name, v in self._cond.items()})
+               for k in range(last)]
       labels[source], ends[source] = map(np.stack, zip(*found))
     return covariate_shift.label_error_curves(labels, ends, self.grid[:last])
 

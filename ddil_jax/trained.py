@@ -146,10 +146,11 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   built = build_lib.build(config)
   params, _ = params_of(config, built, workdir)
   chosen = samplers.samplers(config, built, steps)[0]
-  labels = sampling.balanced_labels(num_samples, built.dataset.num_classes)
-  draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None)
-  images = sampling.sample_images(draw, num_samples, built.parts.image_shape, seed, labels,
-                                  min(num_samples, config.eval.batch_size))
+  data = built.dataset
+  draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None,
+                               data.decoder)
+  images = sampling.sample_images(draw, num_samples, measure_lib.pixel_shape(data), seed,
+                                  measure_lib.conditions(data, num_samples), min(num_samples, config.eval.batch_size))
   grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
   return pathlib.Path(out)
 
@@ -200,10 +201,10 @@ def load_teacher(config: ConfigDict, built: build_lib.Built):
   if built.init_teacher is None:
     return ()
   if not config.teacher.path:
+    if config.data.name in ("fake", "fake_text"):  # a smoke run: any teacher will do
+      return built.init_teacher(jax.random.key(config.seed))
     if file := config.model.get("file", ""):
       return _fitting_teacher(diffusers.load(file).params, built, file)
-    if config.data.name == "fake":  # a smoke run: any teacher will do
-      return built.init_teacher(jax.random.key(config.seed))
     raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
                      " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
   return _fitting_teacher(_load_student(config.teacher.path, config.teacher.ema).params, built, config.teacher.path)

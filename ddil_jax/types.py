@@ -26,6 +26,9 @@ Array = jax.Array
 Params = Any
 Cond = dict[str, Array]
 
+# The entries that come with the data; the others are added by methods and samplers.
+DATA_COND = ("label", "text", "text_pooled", "time_ids")
+
 
 class NetFn(Protocol):
   """A raw network: what it predicts is the business of `diffusion/prediction.py`.

@@ -76,7 +76,8 @@ def toy_parts(process_=None, grid="uniform", reflect=None, guidance_scale=1.0, t
       init_student=lambda key, params: copy_of(params, key), teacher=teacher or denoiser,
       critic=denoiser, init_critic=lambda key, params: copy_of(params, key),
       head=toy_head, init_head=lambda key, feature: {"w": jax.random.normal(key, (feature.shape[-1],))},
-      guidance=lambda scale: transforms.guidance(scale, null), guidance_scale=guidance_scale,
+      guidance=lambda scale: transforms.guidance(scale, null), null=null,
+      cond={"label": jax.ShapeDtypeStruct((1,), jnp.int32)}, guidance_scale=guidance_scale,
       num_classes=NUM_CLASSES, image_shape=IMAGE,
       reflect_teacher=reflect, reflect_target=reflect, reflect_sampler=reflect,
       adapt=adapted(process_))

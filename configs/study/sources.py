@@ -4,7 +4,7 @@ Rollouts are fresh at every step (no replay), so that they pay for themselves: a
 gets fewer steps. The budget is that of the base config on forward states.
 """
 
-from configs.study.parts import DMD2, LCM, METHODS, SEEDS, merge, mixture, step_cost
+from configs.study.parts import DMD2, LCM, METHODS, PD, SEEDS, merge, mixture, step_cost
 from ddil_jax.sweep import cross, product
 
 MIXTURES = (mixture(forward=1.0), mixture(student=1.0), mixture(teacher=1.0), mixture(forward=0.5, student=0.5),
@@ -24,8 +24,9 @@ def at_budget() -> list[dict]:
 
 
 def sweep() -> list[dict]:
-  """And LCM on forward states with as few steps as two of the mixtures leave: fewer steps alone may help or harm."""
+  """And two methods on forward states with as few steps as mixtures leave: fewer steps alone may help or harm."""
   lcm = next(m for m in METHODS if m["config"] == LCM)
-  steps = [{"states.replay": False, "train.steps": n} for n in (150, 214)]
-  controls = [merge(lcm, mixture(forward=1.0), fields) for fields in steps]
+  guided = next(m for m in METHODS if m["config"] == PD and m["arg"] == "guided")
+  few = [(guided, 54), (guided, 84), (guided, 191), (lcm, 150), (lcm, 214)]
+  controls = [merge(method, mixture(forward=1.0), {"states.replay": False, "train.steps": n}) for method, n in few]
   return cross(at_budget() + controls, product({"seed": SEEDS}))

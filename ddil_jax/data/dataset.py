@@ -1,8 +1,8 @@
 """What a loaded data set is, and the one mapping from stored pixels to [-1, 1]."""
 
 import difflib
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -10,25 +10,40 @@ from PIL import Image, ImageOps
 from ddil_jax.errors import UsageError
 
 
+Rows = Any  # array-like over examples: len, .shape, .dtype, and rows[index array] -> np.ndarray
+
+
 class Dataset(NamedTuple):
-  """One split of a data set, in memory.
+  """One split of a data set, in memory or, where its rows are no arrays, on disk.
 
   Attributes:
     name: name in configs and messages.
-    images: float32 [N, H, W, C] in [-1, 1].
+    images: float32 [N, H, W, C] in [-1, 1], or latents where there is a `decoder`.
     labels: int32 [N] in [0, num_classes).
     num_classes: number of classes; 1 where there are none.
     value_range: (lo, hi) of the stored pixels, which `to_unit` maps to -1 and 1.
     split: "train" or "test".
     skipped: (file, reason) of the files that could not be used.
+    cond: what an example is conditioned on beside its label, rows [N, ...].
+    null: the same without N: the empty prompt.
+    captions: str [N], or ().
+    pixels: images float32 [N, H, W, C] in [-1, 1] where `images` are latents, or None.
+    decoder: file of the autoencoder that decodes `images`; "" where they are pixels.
+    bounds: (lo per channel, hi per channel) of the latents, or None.
   """
   name: str
-  images: np.ndarray
+  images: Rows
   labels: np.ndarray
   num_classes: int
   value_range: tuple[float, float]
   split: str
   skipped: tuple[tuple[str, str], ...] = ()
+  cond: Mapping[str, Rows] = {}
+  null: Mapping[str, np.ndarray] = {}
+  captions: Sequence[str] = ()
+  pixels: Rows | None = None
+  decoder: str = ""
+  bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

@@ -33,3 +33,28 @@ def load(split: str = "train", image_size: int = 8, channels: int = 1, num_class
       (num_examples, image_size, image_size, channels), dtype=np.float32)
   images = 0.7 * np.cos(2 * np.pi * angle).astype(np.float32)[labels] + np.float32(0.2) * noise
   return Dataset("fake", images.clip(-1, 1), labels, num_classes, (-1.0, 1.0), split)
+
+
+def load_text(split: str = "train", image_size: int = 8, channels: int = 4, num_classes: int = 10,
+              num_examples: int = 256, seed: int = 0, tokens: int = 77, width: int = 16, pooled: int = 0) -> Dataset:
+  """The set of `load` with prompts in the place of classes: "text" [N, tokens, width] tells the pattern.
+
+  With `pooled` also SDXL's "text_pooled" [N, pooled] and "time_ids" [N, 6].
+
+  Raises:
+    UsageError: a size below 1.
+  """
+  if tokens < 1 or width < 1:
+    raise UsageError(f"fake_text: tokens and width must be at least 1, not {tokens} and {width}")
+  made = load(split, image_size, channels, num_classes, num_examples, seed)
+  rng = np.random.default_rng([seed, tokens, width])
+  tables = {"text": rng.standard_normal((num_classes + 1, tokens, width), np.float32)}
+  if pooled:
+    sizes = np.float32([image_size, image_size, 0, 0, image_size, image_size])
+    tables |= {"text_pooled": rng.standard_normal((num_classes + 1, pooled), np.float32),
+               "time_ids": np.tile(sizes, (num_classes + 1, 1))}
+  return made._replace(
+      name="fake_text", labels=np.zeros_like(made.labels), num_classes=1,
+      cond={name: table[made.labels] for name, table in tables.items()},
+      null={name: table[num_classes] for name, table in tables.items()},
+      captions=[f"pattern {label}" for label in made.labels], bounds=((-1.0,) * channels, (1.0,) * channels))

@@ -36,7 +36,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
   * `digits`: from scikit-learn, no files needed.
   * `mnist`, `fashion_mnist`, `cifar10`: from the published files, which the user brings.
   * `folder`: the images under `path` (or `data_dir`); options `path`, `channels`.
-  * `fake`: made up; options `channels`, `num_classes`, `num_examples`, `seed`.
+  * `fake`: made up; options `channels`, `num_classes`, `num_examples`, `seed`. `fake_text`: the same with prompts.
 
   Args:
     name: one of `names()`.
@@ -103,6 +103,7 @@ _LOADERS = {
     "cifar10": functools.partial(_load_brought, Cifar10),
     "digits": functools.partial(_load_built, Digits),
     "fake": fake.load,
+    "fake_text": fake.load_text,
     "fashion_mnist": functools.partial(_load_brought, FashionMnist),
     "folder": _load_folder,
     "mnist": functools.partial(_load_brought, Mnist),
@@ -114,6 +115,7 @@ class Batches:
 
   def __init__(self, dataset: Dataset, batch_size: int, seed: int, flip: bool, lanes: np.ndarray):
     self._images, self._labels = dataset.images, np.ascontiguousarray(dataset.labels, np.int32)
+    self._cond = dict(dataset.cond)
     self._batch_size, self._seed, self._flip, self._lanes = batch_size, seed, flip, lanes
     # Random access costs a permutation per epoch; a batch touches at most two epochs.
     self._epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
@@ -123,7 +125,7 @@ class Batches:
 
     Returns:
       "image": float32 [B, H, W, C] in [-1, 1]; "label": int32 [B]; "lane": int32 [B], the position of
-      the example in the global batch.
+      the example in the global batch; and the set's further conditions [B, ...].
     """
     if step < 0:
       raise IndexError(f"step {step} is negative")
@@ -136,7 +138,8 @@ class Batches:
     images = self._images[index]
     if self._flip:
       images[flip] = images[flip, :, ::-1]
-    return {"image": images, "label": self._labels[index], "lane": self._lanes.astype(np.int32)}
+    cond = {name: rows[index] for name, rows in self._cond.items()}
+    return {"image": images, "label": self._labels[index], "lane": self._lanes.astype(np.int32), **cond}
 
   def _draw_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     # Raw Philox bits keyed by (seed, epoch): numpy keeps bit generators stable over its versions, but not
@@ -196,7 +199,11 @@ def subset(dataset: Dataset, fraction: float) -> Dataset:
   if fraction == 1:
     return dataset
   kept = np.sort(np.random.default_rng(0).permutation(len(dataset.images))[:n])
-  return dataset._replace(images=dataset.images[kept], labels=dataset.labels[kept])
+  return dataset._replace(
+      images=dataset.images[kept], labels=dataset.labels[kept],
+      cond={name: rows[kept] for name, rows in dataset.cond.items()},
+      captions=[dataset.captions[i] for i in kept] if dataset.captions else (),
+      pixels=None if dataset.pixels is None else dataset.pixels[kept])
 
 
 def preflight(dataset: Dataset) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def preflight(dataset: Dataset) -> dict[str, Any]:
   if not np.isfinite([lo, hi]).all():
     bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
     raise UsageError(f"{where}: {bad} of {len(images)} images hold values that are not finite")
-  if lo < -1 or hi > 1:
+  if (lo < -1 or hi > 1) and not dataset.decoder:
     raise UsageError(f"{where}: values from {lo:g} to {hi:g}, [-1, 1] is expected")
   if lo == hi:
     raise UsageError(f"{where}: every pixel of every image is {lo:g}; there is nothing to learn")

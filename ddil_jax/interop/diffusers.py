@@ -153,6 +153,9 @@ def load(path) -> Loaded:
   Raises:
     UsageError: absent, damaged, or another kind of file.
   """
+  if pathlib.Path(path).suffix == ".json":
+    raise UsageError(f"{path} describes a network and has no parameters; give a file of `ddil convert`, or a trained"
+                     " run as --config.teacher.path=RUN")
   module, about = architecture(path)
   arrays, _ = files.load_arrays(path, _AGAIN)
   _require(arrays, _shapes(module, path), path)
@@ -160,7 +163,13 @@ def load(path) -> Loaded:
 
 
 def architecture(path) -> tuple[nn.Module, dict]:
-  """The module of such a file and its `about`, without reading parameters. Raises UsageError as `load`."""
+  """The module of such a file and its `about`, without reading parameters. Raises UsageError as `load`.
+
+  A config.json of diffusers will do where no parameters are needed: for a network that is trained from the start.
+  """
+  if pathlib.Path(path).suffix == ".json":
+    about = {"kind": KIND, "config": _json(pathlib.Path(path)), "source": "", "license": ""}
+    return _module(about["config"], path)[0], about
   about = files.load_about(path, _AGAIN)
   if not isinstance(about, dict) or about.get("kind") != KIND:
     raise UsageError(f"{path} is no converted network; `ddil convert FOLDER --out=FILE.safetensors` makes one")

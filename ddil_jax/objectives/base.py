@@ -48,6 +48,8 @@ class Parts(NamedTuple):
     init_student, init_critic: (key, teacher params, () where there are none) -> params.
     init_head: (key, feature [B,h,w,c]) -> params of the GAN head; head: (params, feature) -> logits [B].
     guidance: scale (number or None = per state) -> Transform of the teacher.
+    null: cond -> the same examples without label and prompt.
+    cond: what the data is conditioned on, as shapes of a batch of 1.
     num_classes: 0 for unconditional data; else the null label.
     reflect_teacher, reflect_target, reflect_sampler: the transforms at the three places.
     adapt: hidden width -> Adapted; None where the teacher's network takes no adapters.
@@ -62,6 +64,8 @@ class Parts(NamedTuple):
   head: Callable[[Params, Array], Array] | None
   init_head: Callable[[Array, Array], Params] | None
   guidance: Callable[[float | None], Transform]
+  null: Callable[[Cond], Cond]
+  cond: Cond
   guidance_scale: float
   num_classes: int
   image_shape: tuple[int, int, int]
@@ -190,6 +194,16 @@ def unchanged(keys: Array, cond: Cond) -> Cond:
   return cond
 
 
+def drop_condition(parts: Parts, keys: Array, share: float) -> Callable[[Cond], Cond]:
+  """cond -> cond, that of a `share` of the examples replaced by none, so that a network can be guided by it."""
+  dropped = keys_lib.uniform(keys_lib.named(keys, "label_dropout")) < share
+
+  def drop(null, value):
+    return jnp.where(dropped.reshape((-1,) + (1,) * (value.ndim - 1)), null, value)
+
+  return lambda cond: jax.tree.map(drop, parts.null(cond), cond)
+
+
 def draw_guidance(name: str, guidance_range: tuple[float, ...]) -> Callable[[Array, Cond], Cond]:
   """(keys, cond) -> cond with "guidance_scale" ~ U[g_min, g_max] per example.
 
@@ -243,9 +257,8 @@ def generate(parts: Parts, params: Params, states: States, keys: Array) -> Array
 def init_head(parts: Parts, denoiser: Denoiser, key: Array, params: Params, feature: str) -> Params:
   """A GAN head for a feature of a denoiser."""
   like = jnp.zeros((1,) + parts.image_shape)
-  cond = {"label": jnp.zeros((1,), jnp.int32)} if parts.num_classes else {}
   t = jnp.full((1,), parts.process.t_max)
-  found = jax.eval_shape(lambda p: denoiser(p, like, t, cond, None, (feature,))[1], params)
+  found = jax.eval_shape(lambda p, cond: denoiser(p, like, t, cond, None, (feature,))[1], params, parts.cond)
   return parts.init_head(key, found[feature])
 
 

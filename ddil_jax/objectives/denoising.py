@@ -15,7 +15,7 @@ from ddil_jax.diffusion import distance as distances
 from ddil_jax.diffusion import solvers, weighting
 from ddil_jax.diffusion import times as times_lib
 from ddil_jax.errors import UsageError
-from ddil_jax.objectives.base import Objective, Parts, Player
+from ddil_jax.objectives.base import Objective, Parts, Player, drop_condition
 from ddil_jax.types import Array, Cond, Denoiser, Params
 
 TIME_DISTRIBUTIONS = ("uniform", "lognormal", "logit_normal", "shifted")
@@ -34,7 +34,7 @@ def make(parts: Parts, weight: str = "v_mse", label_dropout: float = 0.1, sample
 
   Args:
     weight: a name of `diffusion.weighting`.
-    label_dropout: share of labels replaced by the null label, so that the model can be guided.
+    label_dropout: share of labels, and prompts, replaced by none, so that the model can be guided.
     sampler_steps, solver: how samples are drawn for evaluation.
     times: an entry of TIME_DISTRIBUTIONS, see `diffusion.times`: "lognormal" are noise levels (EDM), "logit_normal"
       and "shifted" times of processes that end at 1.
@@ -65,10 +65,7 @@ def make(parts: Parts, weight: str = "v_mse", label_dropout: float = 0.1, sample
     return jnp.zeros(keys.shape, jnp.int32), time(keys_lib.named(keys, "t"))
 
   def condition(keys, cond):
-    if "label" not in cond or not label_dropout:
-      return cond
-    dropped = keys_lib.uniform(keys_lib.named(keys, "label_dropout")) < label_dropout
-    return {**cond, "label": jnp.where(dropped, parts.num_classes, cond["label"])}
+    return drop_condition(parts, keys, label_dropout)(cond) if cond and label_dropout else cond
 
   def loss(params, view, states, batch, keys):
     del view, batch

@@ -23,8 +23,8 @@ from ddil_jax import lora
 from ddil_jax.diffusion.distance import per_example
 from ddil_jax.diffusion.process import Process, add_noise, eps_from_x0, expand, snr
 from ddil_jax.errors import UsageError
-from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_noise, draw_times, generate, generator,
-                                      guided_teacher, stop)
+from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_noise, draw_times, drop_condition, generate,
+                                      generator, guided_teacher, stop)
 from ddil_jax.objectives.dmd2 import carry_gradient, critic_loss
 from ddil_jax.types import Array, Cond, DenoiseFn
 
@@ -86,9 +86,8 @@ def make(parts: Parts, num_steps: int = 1, period: int = 1, times: tuple[float, 
   def critic_player(params, view, states, batch, keys):
     del batch
     x, cond = stop(generate(parts, view.params["student"], states, keys)), states.cond
-    if "label" in cond and label_dropout:
-      dropped = keys_lib.uniform(keys_lib.named(keys, "label_dropout")) < label_dropout
-      cond = {**cond, "label": jnp.where(dropped, parts.num_classes, cond["label"])}
+    if label_dropout:
+      cond = drop_condition(parts, keys, label_dropout)(cond)
     loss, _ = critic_loss(process, critic(params, view), x, draw(keys, "critic_t"), draw_noise(keys, "critic_eps", x),
                           cond, weight_fn)
     return loss, {}

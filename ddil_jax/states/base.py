@@ -8,7 +8,7 @@ state (the buffers): `init(ctx) -> dist_state`, `sample(dist_state, ctx) -> (Sta
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ddil_jax.types import Array, Cond, Params
+from ddil_jax.types import DATA_COND, Array, Cond, Params
 
 SOURCES = ("forward", "student", "teacher", "dagger", "pairs")
 WITH_X0 = ("forward", "pairs")
@@ -67,4 +67,4 @@ class StateDistribution(NamedTuple):
 
 def cond_of(batch: dict[str, Array]) -> Cond:
   """The conditioning entries of a batch."""
-  return {name: batch[name] for name in ("label",) if name in batch}
+  return {name: batch[name] for name in DATA_COND if name in batch}

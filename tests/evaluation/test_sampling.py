@@ -45,15 +45,15 @@ def sample_fn():
 def test_images_do_not_depend_on_the_batch_size(sample_fn):
   n = 100
   labels = sampling.balanced_labels(n, 4)
-  whole = sampling.sample_images(sample_fn, n, SHAPE, seed=3, labels=labels, batch_size=n)
+  whole = sampling.sample_images(sample_fn, n, SHAPE, seed=3, given=labels, batch_size=n)
   assert whole.shape == (n, *SHAPE) and whole.dtype == np.float32
   for batch_size in (7, 64, 256):
-    got = sampling.sample_images(sample_fn, n, SHAPE, seed=3, labels=labels, batch_size=batch_size)
+    got = sampling.sample_images(sample_fn, n, SHAPE, seed=3, given=labels, batch_size=batch_size)
     np.testing.assert_allclose(got, whole, atol=1e-6, rtol=0)
   # Fewer samples are a beginning of more, another seed is another set, no two images are alike.
-  few = sampling.sample_images(sample_fn, 10, SHAPE, seed=3, labels=labels[:10], batch_size=64)
+  few = sampling.sample_images(sample_fn, 10, SHAPE, seed=3, given=labels[:10], batch_size=64)
   np.testing.assert_allclose(few, whole[:10], atol=1e-6, rtol=0)
-  other = sampling.sample_images(sample_fn, n, SHAPE, seed=4, labels=labels, batch_size=64)
+  other = sampling.sample_images(sample_fn, n, SHAPE, seed=4, given=labels, batch_size=64)
   assert np.abs(other - whole).max(axis=(1, 2, 3)).min() > 1e-2
   assert len(np.unique(whole.reshape(n, -1), axis=0)) == n
 
@@ -90,7 +90,7 @@ def test_batches_are_drawn_when_they_are_asked_for():
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_images_do_not_depend_on_the_devices(sample_fn, count):
   n, labels = 50, sampling.balanced_labels(50, 4)
-  whole = sampling.sample_images(sample_fn, n, SHAPE, seed=3, labels=labels, batch_size=n)
+  whole = sampling.sample_images(sample_fn, n, SHAPE, seed=3, given=labels, batch_size=n)
   devices = parallel.spread("mesh", jax.devices()[:count])
   spread = []
 
@@ -114,8 +114,8 @@ def test_bad_input_is_named(sample_fn):
   with pytest.raises(UsageError, match="0 samples in batches of 8"):
     sampling.sample_images(sample_fn, 0, SHAPE, 0, batch_size=8)
   with pytest.raises(UsageError, match=r"labels has shape \(3,\)"):
-    sampling.sample_images(sample_fn, 4, SHAPE, 0, labels=np.zeros(3, int))
+    sampling.sample_images(sample_fn, 4, SHAPE, 0, given=np.zeros(3, int))
   with pytest.raises(UsageError, match=r"gave images of shape \(4, 8, 8, 1\); expected \(4, 28, 28, 1\)"):
-    sampling.sample_images(sample_fn, 4, (28, 28, 1), 0, labels=np.zeros(4, int), batch_size=4)
+    sampling.sample_images(sample_fn, 4, (28, 28, 1), 0, given=np.zeros(4, int), batch_size=4)
   with pytest.raises(UsageError, match="5 labels of 0 classes"):
     sampling.balanced_labels(5, 0)

@@ -1,0 +1,42 @@
+"""What configs of text-conditional networks share: Stable Diffusion's process on latents with prompts."""
+
+import os
+import pathlib
+
+from configs import common
+from ml_collections import ConfigDict
+
+
+def unet(name: str) -> str:
+  """Path of a network's config.json in configs/unets/."""
+  path = pathlib.Path(__file__).parent / "unets" / f"{name}.json"
+  return os.path.relpath(path) if path.is_relative_to(pathlib.Path.cwd()) else str(path)
+
+
+def latents(config: ConfigDict, path: str) -> ConfigDict:
+  """Latents and prompts that `ddil prepare` wrote to `path`, and the process of Stable Diffusion."""
+  config.data.update(name="prepared", path=path)
+  config.process.name, config.grid.name = "stable_diffusion", "ddim"
+  with config.reflect.ignore_type():
+    config.reflect.lo = config.reflect.hi = ()  # of each channel of the latents
+  return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+  """Two steps of a tiny network on made-up prompts."""
+  common.smoke(config)
+  config.data.update(name="fake_text", path="")
+  config.model.update(file=unet("tiny"), dtype="float32", remat="none")
+  config.teacher.update(path="", dtype="float32")
+  config.eval.update(extractor="", metrics=("fd", "saturation"))
+  return config
+
+
+def of_size(name: str, latent_size: int):
+  """The modifier `planned`: the network at full size without its weights or data, for `ddil plan`."""
+  def planned(config: ConfigDict) -> ConfigDict:
+    config.data.update(name="fake_text", path="", image_size=latent_size)
+    config.model.file = unet(name)
+    config.eval.update(extractor="", num_samples=100, shift_samples=0)
+    return config
+  return planned
