@@ -40,3 +40,19 @@ def of_size(name: str, latent_size: int):
     config.eval.update(extractor="", num_samples=100, shift_samples=0)
     return config
   return planned
+
+
+def published(config: ConfigDict, model: str, data: str) -> ConfigDict:
+  """What configs of Stable Diffusion's networks share: converted weights, prepared data, and accelerators.
+
+  All of it is ours: bfloat16, the mesh, the averages, and 30,000 images for the FID.
+  """
+  latents(config, data)
+  config.prediction.name = "eps"
+  config.model.update(file=model, dtype="bfloat16")
+  config.teacher.update(dtype="bfloat16", guidance_scale=7.5)
+  config.states.update(teacher_steps=16, capacity=16 * config.train.batch_size)
+  config.train.update(parallel="mesh", checkpoint_every=1000, ema=(0.999,))
+  config.eval.update(extractor="inception:models/inception.safetensors", metrics=("fd", "density", "coverage"),
+                     num_samples=30_000, batch_size=64, reference="test", shift_samples=0)
+  return config

@@ -124,9 +124,19 @@ def measure_images(config, batches, num: int, labels, reference: ImageSet, name:
 
 def conditions(dataset: Dataset, num: int) -> dict[str, np.ndarray]:
   """What `num` samples are conditioned on: classes in turn, and the set's prompts in a fixed random order."""
-  index = np.random.default_rng(0).permutation(len(dataset.labels))[np.arange(num) % len(dataset.labels)]
+  index = _chosen(dataset, num)
   return {"label": sampling.balanced_labels(num, dataset.num_classes),
           **{name: rows[index] for name, rows in dataset.cond.items()}}
+
+
+def prompts(dataset: Dataset, num: int) -> list[str]:
+  """The captions of `conditions`."""
+  return [dataset.captions[i] for i in _chosen(dataset, num)]
+
+
+def _chosen(dataset: Dataset, num: int) -> np.ndarray:
+  order = np.random.default_rng(0).permutation(len(dataset.labels))
+  return order[np.arange(num) % len(order)]
 
 
 def draw_with(sampler: samplers.Sampler, params, teacher=None, decoder: str = ""):

@@ -30,6 +30,7 @@ from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_index, draw_noise, draw_times, generate,
                                       generator, guided_teacher, init_generator, stop, unchanged)
 from ddil_jax.registry import unknown
+from ddil_jax.states.base import cond_of
 from ddil_jax.states.rollouts import rollout_source
 from ddil_jax.types import Array, Cond, Denoiser, DenoiseFn, Params
 
@@ -168,7 +169,7 @@ def make(parts: Parts, num_steps: int = 4, period: int = 5, dm_range: tuple[floa
     metrics = {"score": loss}
     if with_gan:
       real = batch["image"]
-      real_cond = {name: batch[name] for name in ("label",) if name in batch}
+      real_cond = cond_of(batch)
       fake_logits = gan_logits(process, parts.critic, parts.head, params, x, times(keys, "gan_f_t"),
                                draw_noise(keys, "gan_f_eps", x), states.cond, feature)
       real_logits = gan_logits(process, parts.critic, parts.head, params, real, times(keys, "gan_r_t"),
