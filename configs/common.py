@@ -33,6 +33,10 @@ def common() -> ConfigDict:
       channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7, 8), num_heads=4, dropout=0.0,
       guidance_embedding=0,  # dimension of the embedding of the guidance scale; 0 is none
       end_time_embedding=0,  # of the time at which a jump ends, for methods that tell it; 0 is none
+      lora=0,  # rank of a LoRA that the student trains over the frozen teacher; 0 trains all its parameters
+      critic_lora=0,  # likewise of the critic, of methods that have one
+      lora_alpha=0.0,  # the deltas are scaled by alpha / rank; 0 is the rank
+      lora_targets="",  # which kernels, a regular expression searched in their paths: "attention"; "" is all
       dtype="float32",  # compute dtype; parameters are float32
       remat="none"))  # what a gradient computes anew to save memory: none | dots (keeps convolutions) | blocks
   config.teacher = ConfigDict(dict(
@@ -118,6 +122,12 @@ def smoke(config: ConfigDict) -> ConfigDict:
 def ddil(config: ConfigDict) -> ConfigDict:
   """DDIL's mixture at the default priors."""
   config.states.update(DDIL)
+  return config
+
+
+def lora(config: ConfigDict) -> ConfigDict:
+  """The student trains a LoRA of rank 4 over the frozen teacher."""
+  config.model.lora = 4
   return config
 
 

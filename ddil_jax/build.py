@@ -7,6 +7,7 @@ optimizers. Everything below it takes plain arguments.
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,12 +26,13 @@ from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import results
 from ddil_jax.interop import diffusers, extractors
+from ddil_jax.lora import LoRA
 from ddil_jax.models import adapters
 from ddil_jax.models import base as models
 from ddil_jax.models.diffusers_unet import DiffusersUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import REMAT, UNet
-from ddil_jax.objectives.base import Adapted, Objective, Parts, bind, completed
+from ddil_jax.objectives.base import Adapted, Objective, Parts, bind, completed, low_rank
 from ddil_jax.states import priors as priors_lib
 from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
 from ddil_jax.states.forward import forward
@@ -43,6 +45,7 @@ from ddil_jax.types import Array, Cond, Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHIFT_KINDS = ("state", "features", "labels")
+LORA = ("lora", "critic_lora", "lora_alpha", "lora_targets")  # fields of config.model that are not of a network
 PROCESSES = {"cosine": process.cosine, "linear": process.linear, "stable_diffusion": process.stable_diffusion,
              "ddpm": process.ddpm, "edm": process.edm, "flow": process.flow}
 
@@ -76,7 +79,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
   check_numbers(config)
   dataset = dataset or load_data(config, "train")
   parts, init_teacher = make_parts(config, dataset)
-  objective = make_objective(config, parts)
+  objective = with_lora(config, make_objective(config, parts))
   distribution = make_states(config, parts, objective)
   average = optim.warm_ema if config.train.ema_warmup else float
   decays = {decay_name(d): average(d) for d in config.train.ema} | dict(objective.targets)
@@ -97,6 +100,7 @@ _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1)
              ("train.eval_every", 0), ("train.checkpoint_every", 0), ("train.keep", 1), ("train.keep_best", 0),
              ("model.channels", 1), ("model.num_res_blocks", 1), ("model.num_heads", 1),
              ("model.guidance_embedding", 0), ("model.end_time_embedding", 0), ("model.dropout", 0),
+             ("model.lora", 0), ("model.critic_lora", 0), ("model.lora_alpha", 0),
              ("teacher.guidance_embedding", 0), ("teacher.channels", 0),
              ("teacher.num_res_blocks", 0), ("optimizer.learning_rate", 0), ("optimizer.critic_learning_rate", 0),
              ("optimizer.warmup_steps", 0), ("optimizer.clip", 0), ("states.dagger_probability", 0),
@@ -199,7 +203,7 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
   process_ = call("config.process", PROCESSES, config.process)
   prediction_ = call("config.prediction", prediction.PREDICTIONS, config.prediction)
   shape, num_classes, example = dataset.images.shape[1:], dataset.num_classes, _cond_of(dataset)
-  model = dict(config.model)
+  model = {name: value for name, value in config.model.items() if name not in LORA}
   teacher_model = dict(model, guidance_embedding=config.teacher.get("guidance_embedding", 0), end_time_embedding=0)
   for field in ("channels", "channel_mult", "num_res_blocks"):
     if config.teacher[field]:
@@ -371,6 +375,31 @@ def make_objective(config: ConfigDict, parts: Parts) -> Objective:
     raise UsageError("config.objective.guidance_range is given, so the student needs"
                      " config.model.guidance_embedding > 0 (a dimension such as 32)")
   return objective
+
+
+def loras_of(config: ConfigDict) -> dict[str, LoRA]:
+  """{player: its LoRA} as the config wants them; the ranks that are 0 are left out.
+
+  Raises:
+    UsageError: targets that are no regular expression, or fields of a LoRA where there is none.
+  """
+  model = config.model
+  found = {name: LoRA(rank, model.lora_alpha, model.lora_targets)
+           for name, rank in (("student", model.lora), ("critic", model.critic_lora)) if rank}
+  if not found and (model.lora_alpha or model.lora_targets):
+    raise UsageError("config.model.lora_alpha and lora_targets are of a LoRA: set config.model.lora or critic_lora to"
+                     " its rank, such as 8")
+  try:
+    re.compile(model.lora_targets)
+  except re.error as error:
+    raise UsageError(f"config.model.lora_targets={model.lora_targets} is no regular expression: {error}") from None
+  return found
+
+
+def with_lora(config: ConfigDict, objective: Objective) -> Objective:
+  """The objective with the LoRAs of the config, and itself without. Raises UsageError."""
+  loras = loras_of(config)
+  return low_rank(objective, loras) if loras else objective
 
 
 def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> StateDistribution:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddil_jax import keys as keys_lib
+from ddil_jax import lora as lora_lib
 from ddil_jax.diffusion.process import Process
 from ddil_jax.diffusion.solvers import Solver, renoise
 from ddil_jax.diffusion.transforms import Transform
@@ -286,6 +287,63 @@ def generator(name: str, parts: Parts, grid: np.ndarray, players: tuple[Player, 
   return Objective(**{**dict(
       name=name, grid=grid, sampler_grid=grid, solver=renoise(), student=parts.student, teacher=teacher, init=init,
       players=players, draw=draw_index(grid), condition=unchanged, prior_first=True, own_source="student"), **more})
+
+
+def low_rank(objective: Objective, loras: Mapping[str, lora_lib.LoRA]) -> Objective:
+  """The same method with players that train a LoRA over the frozen teacher, and what the teacher has not, instead of
+  networks of their own.
+
+  Its losses, states and samplers see whole networks as before; what trains, is averaged and is saved is the delta
+  (`lora.py`). An average of a delta is that of its factors.
+
+  Args:
+    loras: {"student" or "critic": LoRA}; the student's parameters are a network, the critic's {"net": network, ...}.
+
+  Raises:
+    UsageError: no such player, no teacher; and of `init`: a player that is not made of the teacher's network.
+  """
+  names = [player.name for player in objective.players]
+  if objective.teacher is None:
+    raise UsageError(f"objective '{objective.name}' has no teacher over which a LoRA could train")
+  if missing := [name for name in loras if name not in names]:
+    raise UsageError(f"objective '{objective.name}' has no {missing[0]} that could train a LoRA")
+
+  def base(name, teacher):
+    return teacher if name == "student" else {"net": teacher}
+
+  def whole(name, params, teacher):
+    return lora_lib.merge(base(name, teacher), params, loras[name].scale) if name in loras else params
+
+  def seen(view):
+    params = {name: whole(name, own, view.teacher) for name, own in view.params.items()}
+    return view._replace(params=params, ema={name: whole("student", own, view.teacher)
+                                             for name, own in view.ema.items()})
+
+  def wrapped(player):
+    def loss(params, view, states, batch, keys):
+      return player.loss(whole(player.name, params, view.teacher), seen(view), states, batch, keys)
+    return player._replace(loss=loss)
+
+  def init(key, teacher):
+    params = objective.init(key, teacher)
+    for player in objective.players:
+      if lora := loras.get(name := player.name):
+        try:
+          params[name] = lora_lib.init(keys_lib.named(key, f"lora_{name}"), params[name], base(name, teacher), lora,
+                                       player.trainable or (lambda path: True))
+        except UsageError as error:
+          raise UsageError(f"LoRA of the {name} of objective '{objective.name}': {error}") from None
+    return params
+
+  def complete(own, teacher):
+    return completed(objective, whole("student", own, teacher), teacher)
+
+  def diagnose(view, states, ctx):
+    return objective.diagnose(seen(view), states, ctx)
+
+  return objective._replace(init=init, players=tuple(map(wrapped, objective.players)),
+                            complete=complete if "student" in loras else objective.complete,
+                            diagnose=diagnose if objective.diagnose else None)
 
 
 def stop(tree: Any) -> Any:

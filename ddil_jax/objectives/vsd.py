@@ -5,8 +5,8 @@ Generated x = G(x_t, t). At a fresh time and noise x_tau, with the teacher and t
     L = 1/2 mean (x - sg(x - w(tau) (eps_T - eps_LoRA)))^2,  w = sigma^2    so dL/dx = w (eps_T - eps_LoRA) / numel
     L_LoRA = alpha^2 mean (eps_LoRA(x_tau) - eps)^2
 
-Only the adapters of the critic learn, on all of the noise range, unguided; with probability `label_dropout`
-they see no condition. With random_guidance each image has a scale of its own, g ~ U[g_min, g_max] (SNOOPI's
+Only the LoRA of the critic learns, on all of the noise range, unguided; with probability `label_dropout`
+it sees no condition. With random_guidance each image has a scale of its own, g ~ U[g_min, g_max] (SNOOPI's
 random guidance), else it is the config's teacher.guidance_scale; `guide_critic=False` guides the teacher only.
 Adapters that are 0 make eps_T = eps_LoRA and the gradient 0. Defined on all states.
 
@@ -19,12 +19,12 @@ grid's first time.
 import jax.numpy as jnp
 
 from ddil_jax import keys as keys_lib
-from ddil_jax import lora
 from ddil_jax.diffusion.distance import per_example
 from ddil_jax.diffusion.process import Process, add_noise, eps_from_x0, expand, snr
 from ddil_jax.errors import UsageError
+from ddil_jax.lora import LoRA
 from ddil_jax.objectives.base import (Objective, Parts, Player, bind, draw_noise, draw_times, drop_condition, generate,
-                                      generator, guided_teacher, stop)
+                                      generator, guided_teacher, init_generator, low_rank, stop)
 from ddil_jax.objectives.dmd2 import carry_gradient, critic_loss
 from ddil_jax.types import Array, Cond, DenoiseFn
 
@@ -51,30 +51,32 @@ def make(parts: Parts, num_steps: int = 1, period: int = 1, times: tuple[float, 
   Args:
     period: critic steps per generator step.
     times: share of the noise range from which the generator's times are drawn; the critic sees all.
-    rank: of the adapters.
+    rank: of the critic's LoRA.
     guide_critic: guide the critic in the generator's loss as the teacher.
     random_guidance: (g_min, g_max) of the scale of each image; () is the teacher's fixed scale.
     label_dropout: share of labels that the critic does not see in its own training.
     weight_cap: largest weight of the critic's x0-MSE (alpha^2 SNR is infinite at t = 0).
+
+  Raises:
+    UsageError: numbers out of range.
   """
   process, grid = parts.process, parts.make_grid(num_steps)
   if not 0 <= times[0] < times[1] <= 1:
     raise UsageError(f"vsd: times {times} must be (low, high) with 0 <= low < high <= 1")
   if random_guidance and not (len(random_guidance) == 2 and random_guidance[0] <= random_guidance[1]):
     raise UsageError(f"vsd: random_guidance {random_guidance} must be (g_min, g_max) with g_min <= g_max")
+  if rank < 1:
+    raise UsageError(f"vsd: rank {rank} must be at least 1")
   draw, scale = draw_times(parts), None if random_guidance else parts.guidance_scale
   teacher = guided_teacher(parts, scale)
   weight_fn = lambda process, t: jnp.minimum(lora_weight(process, t), weight_cap)  # noqa: E731
-
-  def critic(adapters, view):
-    return bind(parts.teacher, lora.merge(stop(view.teacher), adapters))
 
   def generator_loss(params, view, states, batch, keys):
     del batch
     x, cond = generate(parts, params, states, keys), states.cond
     if random_guidance:
       cond = {**cond, "guidance_scale": keys_lib.uniform(keys_lib.named(keys, "scale"), *random_guidance)}
-    fake = critic(view.params["critic"], view)
+    fake = bind(parts.critic, view.params["critic"]["net"])
     if guide_critic:
       fake = parts.guidance(scale)(fake)
     elif random_guidance:
@@ -88,13 +90,10 @@ def make(parts: Parts, num_steps: int = 1, period: int = 1, times: tuple[float, 
     x, cond = stop(generate(parts, view.params["student"], states, keys)), states.cond
     if label_dropout:
       cond = drop_condition(parts, keys, label_dropout)(cond)
-    loss, _ = critic_loss(process, critic(params, view), x, draw(keys, "critic_t"), draw_noise(keys, "critic_eps", x),
-                          cond, weight_fn)
+    loss, _ = critic_loss(process, bind(parts.critic, params["net"]), x, draw(keys, "critic_t"),
+                          draw_noise(keys, "critic_eps", x), cond, weight_fn)
     return loss, {}
 
-  def init(key, teacher_params):
-    return {"student": parts.init_student(keys_lib.named(key, "student"), teacher_params),
-            "critic": lora.init(keys_lib.named(key, "critic"), teacher_params, rank)}
-
-  return generator("vsd", parts, grid, (Player("student", generator_loss, period), Player("critic", critic_player)),
-                   guided_teacher(parts, parts.guidance_scale), init)
+  players = (Player("student", generator_loss, period), Player("critic", critic_player))
+  whole = generator("vsd", parts, grid, players, guided_teacher(parts, parts.guidance_scale), init_generator(parts))
+  return low_rank(whole, {"critic": LoRA(rank)})

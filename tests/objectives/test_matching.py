@@ -106,26 +106,20 @@ def test_f_distill_reduces_to_dmd2():
   np.testing.assert_allclose(means, [1, 9, 3, 5])
 
 
-def test_adapters_start_as_no_change():
-  """Merged zero adapters are the base bit for bit, so VSD's gradient is 0; one step away it is not."""
-  base = toys.toy_init(jax.random.key(0))
-  adapters = lora.init(jax.random.key(1), base, 1)
-  assert set(adapters) == {"W1", "W2", "label"}  # not the vector
-  jax.tree.map(np.testing.assert_array_equal, lora.merge(base, adapters), base)
-  moved = lora.merge(base, jax.tree.map(lambda v: v + 0.1, adapters))
-  np.testing.assert_array_equal(moved["time"], base["time"])
-  delta = np.asarray(moved["W1"] - base["W1"])
-  assert np.linalg.matrix_rank(delta, tol=1e-5) == 1
-
-  denoiser = toys.toy_parts(P).teacher
+def test_vsd_of_a_critic_that_is_the_teacher_is_no_change():
+  """A LoRA starts as no change, so VSD's gradient is 0; a step away from it, it is not."""
+  parts, base = toys.toy_parts(P), toys.toy_init(jax.random.key(0))
+  delta = vsd.make(parts, rank=1).init(jax.random.key(1), base)["critic"]["net"]
   x, t = jnp.ones((2,) + toys.IMAGE), jnp.full((2,), SIGMA)
-  def gap(params):
-    return vsd.vsd_loss(P, bind(denoiser, base), bind(denoiser, params), x, t, x, {})[1]["gradient"]
 
-  np.testing.assert_array_equal(gap(base), 0)
-  assert float(jnp.abs(gap(moved)).max()) > 1e-3
-  with pytest.raises(UsageError, match="rank 64 is too large"):
-    lora.init(jax.random.key(1), base, 64)
+  def gap(delta):
+    real, fake = bind(parts.teacher, base), bind(parts.critic, lora.merge(base, delta))
+    return vsd.vsd_loss(P, real, fake, x, t, x, {})[1]["gradient"]
+
+  np.testing.assert_array_equal(gap(delta), 0)
+  assert float(jnp.abs(gap(jax.tree.map(lambda v: v + 0.1, delta))).max()) > 1e-3
+  with pytest.raises(UsageError, match="rank 0"):
+    vsd.make(parts, rank=0)
 
 
 def test_moment_matching_in_closed_form(draws):
