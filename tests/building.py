@@ -11,7 +11,7 @@ from ddil_jax.states.mixture import mixture
 from ddil_jax.states.pairs import pairs
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source
-from ddil_jax.training.parallel import make_runner
+from ddil_jax.training.parallel import Options, make_runner
 from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import toys
 
@@ -44,13 +44,13 @@ def ddil(parts, objective, priors=(0.4, 0.3, 0.3), selection="per_step", slots=1
 
 
 def run(objective, distribution, teacher, mode="single", steps=3, batch_size=8, optimizer=None, seed=1, start=None,
-        first=0, decays=None):
+        first=0, decays=None, options=Options()):
   """Trains a few steps and returns the plain state and the last metrics."""
   optimizers = {p.name: optimizer or optax.sgd(1e-2) for p in objective.players}
   decays = (decays or {"0.9": 0.9}) | dict(objective.targets)
   runner = make_runner(
       mode, lambda layout: make_train_step(objective, distribution, optimizers, decays, batch_size, layout=layout),
-      batch_size)
+      batch_size, options=options)
   state = start or init_state(objective, distribution, optimizers, decays, jax.random.key(0), teacher,
                               toys.toy_batch(batch_size))
   state, frozen, metrics = runner.place(state), runner.place_frozen({"teacher": teacher}), None

@@ -17,15 +17,15 @@ from ddil_jax.lora import LoRA
 from ddil_jax.objectives.base import View, bind, completed, low_rank
 from ddil_jax.states.base import States
 from ddil_jax.training import params as params_lib
-from ddil_jax.training.step import init_state
+from ddil_jax.training.parallel import Options
+from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import building, toys
+from tests.contract.test_objectives import OPTIONS
 
 TEACHER = toys.toy_init(jax.random.key(7))
 KERNELS = {"W1", "W2", "label"}  # of the toy network; "time" is a vector
-OPTIONS = {"lcm": dict(num_scales=16, guidance_range=(1.0, 4.0)), "cd": dict(num_scales=9, target_decay=0.9),
-           "dmd2": dict(gan_weight=0.1, period=1, critic_weight="snr_trunc", weight_cap=100.0),
-           "vsd": dict(rank=1, weight_cap=100.0), "ladd": dict(num_steps=2), "gdd": dict(frozen="W1$"),
-           "agd": dict(hidden=4)}
+# Methods whose critic is made of the teacher's network; that of VSD is a LoRA already, other critics are heads alone.
+CRITICS = {"dmd", "dmd2", "sid", "diff_instruct", "f_distill", "moment_matching", "ufogen"}
 CASES = [("pd", ("student",)), ("lcm", ("student",)), ("dmd2", ("student", "critic")), ("dmd2", ("critic",)),
          ("vsd", ("student",))]
 
@@ -91,7 +91,7 @@ def test_networks_that_take_no_lora(change, options, said):
 
 
 @pytest.mark.parametrize("name, players", CASES)
-def test_single_equals_mesh_equals_pmap(name, players):
+def test_single_equals_split_mesh_equals_pmap(name, players):
   """Factors and heads learn, nothing else is kept of a player, and devices do not matter."""
   parts, objective = make(name, players)
   distribution = building.ddil(parts, objective)
@@ -104,8 +104,8 @@ def test_single_equals_mesh_equals_pmap(name, players):
       net = tree if player == "student" else tree["net"]
       assert set(net) == KERNELS and all(set(net[kernel]) == {"a", "b"} for kernel in net)
       assert all(np.any(net[kernel]["b"]) for kernel in net)  # they start at 0
-  for mode in ("mesh", "pmap"):
-    other, _ = building.run(objective, distribution, TEACHER, mode, start=start)
+  for mode, options in (("mesh", Options(fsdp=2, min_size=0)), ("pmap", Options())):
+    other, _ = building.run(objective, distribution, TEACHER, mode, start=start, options=options)
     for one, two in zip(jax.tree.leaves(single), jax.tree.leaves(other), strict=True):
       np.testing.assert_allclose(np.asarray(one, float), np.asarray(two, float), atol=1e-6)
 
@@ -161,6 +161,23 @@ def test_players_that_take_no_lora(name, players, said):
   with pytest.raises(UsageError, match=said):
     _, objective = make(name, players)
     objective.init(jax.random.key(0), TEACHER)
+
+
+@pytest.mark.parametrize("name", sorted(set(registry.names("objectives")) - {"agd", "denoising"}))
+def test_every_method_takes_it(name):
+  """Its step can be traced, and gives the state that it took; whatever else the student is told or reads."""
+  parts, objective = make(name, ("student", "critic") if name in CRITICS else ("student",))
+  distribution = building.ddil(parts, objective)
+  optimizers, targets = {p.name: optax.sgd(0.1) for p in objective.players}, dict(objective.targets)
+  batch = toys.toy_batch(4)
+
+  def two_states(key):
+    state = init_state(objective, distribution, optimizers, targets, key, TEACHER, batch)
+    step = make_train_step(objective, distribution, optimizers, targets, 4)
+    return state, step(state, {"teacher": TEACHER}, batch, key, due_players(objective, 0))[0]
+
+  before, after = jax.eval_shape(two_states, jax.random.key(0))
+  assert jax.tree.map(lambda v: (v.shape, v.dtype), before) == jax.tree.map(lambda v: (v.shape, v.dtype), after)
 
 
 # Configs -----------------------------------------------------------------------------------
