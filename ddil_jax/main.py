@@ -109,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
   give.add_argument("--guidance_scale", type=float, default=1.0, help="that the student has in it, or reads")
   give.add_argument("--zero_terminal_snr", action="store_true", help="the schedule ends in pure noise")
   give.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights")
+  give.add_argument("--merged", action="store_true", help="of a run that trained a LoRA: the whole network, instead of"
+                    " pytorch_lora_weights.safetensors")
   give.add_argument("--run", metavar="DIR", help="training run whose config and metrics the model card shows")
   plan = command("plan", "compile a config's step for machines that are not here: memory, operations,"
                  " collectives, time", workdir=False)
@@ -238,7 +240,7 @@ def _export(args) -> int:
   from ddil_jax.interop import diffusers, release
   if os.path.isdir(args.file):
     from ddil_jax import trained
-    print(f"wrote {trained.export(args.file, args.out, args.dtype)}")
+    print(f"wrote {trained.export(args.file, args.out, args.dtype, args.merged)}")
     return 0
   try:
     times = tuple(int(word) for word in args.timesteps.split(",") if word)

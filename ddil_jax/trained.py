@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
-from ddil_jax import files
+from ddil_jax import files, lora
 from ddil_jax import measure as measure_lib
 from ddil_jax import measure_files, samplers
 from ddil_jax import shift as shift_lib
@@ -116,16 +116,25 @@ def params_of(config, built, workdir):
   if config.train.stages:
     folders = ", ".join(f"{workdir}/stage_{n}" for n in config.train.stages)
     raise UsageError(f"{workdir} is a run in stages; give one of {folders}")
-  params, meta, origin = _load_student(workdir, config.eval.ema)
-  params_lib.require_like(params, jax.eval_shape(_init_student(built), jax.random.key(0)), f"checkpoint {origin}")
-  params = jax.tree.map(jnp.asarray, params)
+  params, meta = own_params_of(config, built, workdir)
   if not built.objective.complete:
     return params, meta
   teacher = load_teacher(config, built)
+  _require_its_teacher(workdir, meta, teacher, config.teacher.path)
+  return completed(built.objective, params, teacher), meta
+
+
+def own_params_of(config, built, workdir):
+  """The parameters that a run's student trained, and the checkpoint's meta. Raises UsageError if they do not fit."""
+  params, meta, origin = _load_student(workdir, config.eval.ema)
+  params_lib.require_like(params, jax.eval_shape(_init_student(built), jax.random.key(0)), f"checkpoint {origin}")
+  return jax.tree.map(jnp.asarray, params), meta
+
+
+def _require_its_teacher(workdir, meta, teacher, path) -> None:
   if meta.get("teacher") != params_lib.hash_params(teacher):
     raise UsageError(f"the student in {workdir} is the part of a network whose rest is its teacher, and the one at"
-                     f" {config.teacher.path} has other parameters than that; bring it back")
-  return completed(built.objective, params, teacher), meta
+                     f" {path} has other parameters than that; bring it back")
 
 
 def _init_student(built):
@@ -155,11 +164,16 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   return pathlib.Path(out)
 
 
-def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "float32") -> pathlib.Path:
-  """Writes a run's student as a folder that diffusers samples from, with the scheduler that its training asks for.
+def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "float32",
+           merged: bool = False) -> pathlib.Path:
+  """Writes a run's student as a folder for diffusers: its network, or its LoRA, and the scheduler that it asks for.
+
+  Args:
+    merged: the network also of a student that trained a LoRA.
 
   Raises:
-    UsageError: a run of the project's own UNet, or one that no scheduler of diffusers samples.
+    UsageError: a run of the project's own UNet, one that no scheduler of diffusers samples, or a LoRA over another
+      network than that of config.model.file.
   """
   config = saved_config(workdir)
   file = config.model.get("file", "")
@@ -168,10 +182,14 @@ def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "f
                      " config.model.file can be exported")
   built = build_lib.build(config)
   sampling = samplers.sampling_of(config, built)
-  params, _ = params_of(config, built, workdir)
+  of_lora = None if merged else build_lib.loras_of(config).get("student")
+  if of_lora and config.teacher.path:
+    raise UsageError(f"{workdir} trained its LoRA over the student at {config.teacher.path}, which a reader of the LoRA"
+                     " has not; write the whole network with --merged")
+  params, _ = (own_params_of if of_lora else params_of)(config, built, workdir)
   if config.model.guidance_embedding:
     raise UsageError(f"{workdir}: the student reads the guidance scale, which UNet2DModel of diffusers does not")
-  release.write(out, params, diffusers.architecture(file)[1], sampling, release.run_of(workdir), dtype)
+  release.write(out, params, diffusers.architecture(file)[1], sampling, release.run_of(workdir), dtype, of_lora)
   return pathlib.Path(out)
 
 
@@ -200,20 +218,35 @@ def load_teacher(config: ConfigDict, built: build_lib.Built):
   """
   if built.init_teacher is None:
     return ()
-  if not config.teacher.path:
-    if config.data.name in ("fake", "fake_text"):  # a smoke run: any teacher will do
-      return built.init_teacher(jax.random.key(config.seed))
-    if file := config.model.get("file", ""):
-      return _fitting_teacher(diffusers.load(file).params, built, file)
-    raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
-                     " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
-  return _fitting_teacher(_load_student(config.teacher.path, config.teacher.ema).params, built, config.teacher.path)
-
-
-def _fitting_teacher(params, built, where):
-  shapes = jax.eval_shape(built.init_teacher, jax.random.key(0))
-  params_lib.require_like(params, shapes, f"the teacher at {where}")
+  params, where = _find_teacher(config, built.init_teacher)
+  params_lib.require_like(params, jax.eval_shape(built.init_teacher, jax.random.key(0)), f"the teacher at {where}")
   return jax.tree.map(jnp.asarray, params)
+
+
+def _find_teacher(config, init):
+  """(parameters, where they are from) of a config's teacher; `init` makes those of a smoke run."""
+  if path := config.teacher.path:
+    return _merged(path, _load_student(path, config.teacher.ema), init), path
+  file, described = config.model.get("file", ""), config.model.get("file", "").endswith(".json")
+  if config.data.name in ("fake", "fake_text") and (described or not file):  # a smoke run: any teacher will do
+    return init(jax.random.key(config.seed)), "config.seed"
+  if file:
+    return diffusers.load(file).params, file
+  raise UsageError(f"objective '{config.objective.name}' needs a teacher: train one with"
+                   " configs/digits_teacher.py and give its run as --config.teacher.path=RUN")
+
+
+def _merged(path, found: checkpoint.Loaded, init):
+  """A student as a teacher; that of a run which trained a LoRA with its own teacher, as the run's config names it."""
+  path = pathlib.Path(path)
+  folders = (path, *path.parents[:2]) if path.is_dir() else ()  # of a run, or one of its checkpoints
+  run = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+  config = saved_config(run) if run else None
+  if config is None or not config.model.get("lora", 0):
+    return found.params
+  teacher, where = _find_teacher(config, init)
+  _require_its_teacher(run, found.meta, teacher, where)
+  return lora.merge(teacher, found.params, build_lib.loras_of(config)["student"].scale)
 
 
 def _load_student(path, average: str) -> checkpoint.Loaded:

@@ -204,7 +204,6 @@ def export(params: Params, about: dict, folder, dtype: str = "float32") -> None:
   wanted = weights.names({"params": params}, weights.NUMBERED)
   paths = {wanted["params", *path]: path for path in flat}
 
-
   def tensor(name):
     return weights.to_torch(np.asarray(flat[paths[name]]), paths[name])
 
@@ -212,6 +211,47 @@ def export(params: Params, about: dict, folder, dtype: str = "float32") -> None:
                       {name: weights.torch_shape(shapes[path], path) for name, path in paths.items()}, tensor,
                       dtype=dtype, metadata={"format": "pt"})
   files.write_json(folder / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
+
+
+def export_lora(delta: Params, about: dict, folder, scale: float = 1.0, dtype: str = "float32") -> None:
+  """Writes `pytorch_lora_weights.safetensors` of a UNet, that `load_lora_weights` of diffusers' pipelines loads.
+
+      unet.NAME.lora_A.weight [rank, I] or [rank, I, H, W],   unet.NAME.lora_B.weight [O, rank] or [O, rank, 1, 1]
+
+  The scale is in B, so that alpha is the rank, as readers take it where a file states none.
+
+  Args:
+    delta: as `lora.py` has it, of the network that `about["config"]` describes.
+    scale: alpha / rank.
+    dtype: of the weights: float32, float16 or bfloat16.
+
+  Raises:
+    UsageError: a delta of another network, or with whole parameters, which the format has no place for; not writable.
+  """
+  folder = pathlib.Path(folder)
+  shapes = _shapes(_module(about["config"], folder)[0], folder)
+  wanted = weights.names({"params": flax.traverse_util.unflatten_dict(shapes)}, weights.NUMBERED)
+  found = {}
+  for path, factor in flax.traverse_util.flatten_dict(delta).items():
+    kernel, which = path[:-1], path[-1]
+    if kernel not in shapes or which not in ("a", "b"):
+      raise UsageError(f"the LoRA trained {'/'.join(path)} whole, which diffusers' LoRA format has no place for; write"
+                       " the whole network with --merged")
+    *window, n, m = shapes[kernel]
+    rank = factor.shape[1 if which == "a" else 0]
+    shape = (*window, n, rank) if which == "a" else (*[1] * len(window), rank, m)
+    if math.prod(factor.shape) != math.prod(shape):
+      raise UsageError(f"{folder}: LoRA and config do not fit: {'/'.join(path)}")
+    name = wanted["params", *kernel].removesuffix("weight")
+    found[f"unet.{name}lora_{which.upper()}.weight"] = (kernel, factor if which == "a" else scale * factor, shape)
+
+  def tensor(name):
+    kernel, factor, shape = found[name]
+    return weights.to_torch(np.asarray(factor).reshape(shape), kernel)
+
+  files.stream_arrays(folder / "pytorch_lora_weights.safetensors",
+                      {name: weights.torch_shape(shape, kernel) for name, (kernel, _, shape) in found.items()}, tensor,
+                      dtype=dtype, metadata={"format": "pt"})
 
 
 class _Tensor(NamedTuple):

@@ -8,6 +8,7 @@ from ddil_jax import files
 from ddil_jax.diffusion import grids
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import diffusers as folders
+from ddil_jax.lora import LoRA
 from ddil_jax.registry import unknown
 from ddil_jax.types import Params
 
@@ -81,12 +82,28 @@ def timesteps(sampling: Sampling) -> list[int]:
   return list(sampling.timesteps) or own(sampling.steps).tolist()
 
 
-def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = None) -> str:
+def _usage(about: dict, scheduler: str, arguments: str, of_lora: bool) -> list[str]:
+  """The lines of Python that load the folder into a pipeline of the teacher and sample it."""
+  scheduler = f"scheduler = {scheduler}.from_pretrained(FOLDER, subfolder=\"scheduler\")"
+  image = f"image = pipeline(prompt, {arguments}).images[0]"
+  if not of_lora:
+    return ["unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder=\"unet\")", scheduler,
+            "pipeline = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, scheduler=scheduler)", image]
+  if about.get("config", {}).get("_class_name") != "UNet2DModel":
+    return [scheduler, "pipeline = DiffusionPipeline.from_pretrained(TEACHER, scheduler=scheduler)",
+            "pipeline.load_lora_weights(FOLDER)", image]
+  # Which cannot load a LoRA by itself.
+  return ["class Unet(PeftAdapterMixin, UNet2DModel):", "  pass", "", "unet = Unet.from_pretrained(TEACHER)",
+          "unet.load_lora_adapter(FOLDER, prefix=\"unet\", use_safetensors=True)", scheduler]
+
+
+def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = None, of_lora: bool = False) -> str:
   """README.md of the folder.
 
   Args:
     about: of the student's file, see `interop/diffusers.py::Loaded`.
     run: "config" and "results" (rows) of the training run, where there is one.
+    of_lora: the folder has a LoRA instead of the network.
   """
   run, licence = run or {}, about.get("license") or "unknown"
   arguments = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale:g}"
@@ -99,10 +116,7 @@ def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = Non
       f"# {sampling.steps}-step student", "",
       f"Distilled with ddil from `{about.get('source', 'unknown')}`, {terms}", "",
       f"It is sampled at the times {', '.join(map(str, timesteps(sampling)))} with the scheduler in `scheduler/`:", "",
-      "```python", "unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder=\"unet\")",
-      f"scheduler = {scheduler_config(sampling)['_class_name']}.from_pretrained(FOLDER, subfolder=\"scheduler\")",
-      "pipeline = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, scheduler=scheduler)",
-      f"image = pipeline(prompt, {arguments}).images[0]", "```", ""]
+      "```python", *_usage(about, scheduler_config(sampling)["_class_name"], arguments, of_lora), "```", ""]
   if sampling.sampler == "ddim" and 1000 % sampling.steps:
     lines += [f"{sampling.steps} does not divide 1000: a step of that scheduler does not end quite where the next one"
               " begins, so its images differ a little from those of the training code.", ""]
@@ -119,13 +133,14 @@ def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = Non
 
 
 def write(folder, params: Params, about: dict, sampling: Sampling, run: dict[str, Any] | None = None,
-          dtype: str = "float32") -> None:
-  """Writes `unet/`, `scheduler/` and README.md.
+          dtype: str = "float32", lora: LoRA | None = None) -> None:
+  """Writes `unet/` or `pytorch_lora_weights.safetensors`, `scheduler/` and README.md.
 
   Args:
     params, about: of the student; `about` as `interop/diffusers.py::load` gave it for the teacher or the student.
     run: see `model_card`.
     dtype: of the weights.
+    lora: of which `params` is the delta; None for a whole network.
 
   Raises:
     UsageError: what does not fit; a folder that has other files already.
@@ -134,9 +149,12 @@ def write(folder, params: Params, about: dict, sampling: Sampling, run: dict[str
   config = scheduler_config(sampling)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UsageError(f"{folder} exists already and is not an empty folder; give another one")
-  folders.export(params, about, folder / "unet", dtype)
+  if lora:
+    folders.export_lora(params, about, folder, lora.scale, dtype)
+  else:
+    folders.export(params, about, folder / "unet", dtype)
   files.write_json(folder / "scheduler" / "scheduler_config.json", config)
-  files.write_bytes(folder / "README.md", model_card(about, sampling, run).encode())
+  files.write_bytes(folder / "README.md", model_card(about, sampling, run, lora is not None).encode())
 
 
 def run_of(workdir) -> dict[str, Any]:
