@@ -18,10 +18,16 @@ def two_steps(config: ConfigDict) -> ConfigDict:
   return config
 
 
+def lora(config: ConfigDict) -> ConfigDict:
+  """Student and critic train LoRAs of rank 4: of the three networks only the teacher's is kept."""
+  config.model.update(lora=4, critic_lora=4)
+  return config
+
+
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.generator(digits(common.common()), name="dmd2", num_steps=4, period=5, critic_weight="v_mse",
                             weight_cap=20.0, gan_weight=0.0, gan_critic_weight=1e-2, gan_balance="fixed")
-  return common.apply(config, arg, {"two_steps": two_steps, "ddil": common.half_forward})
+  return common.apply(config, arg, {"two_steps": two_steps, "lora": lora, "ddil": common.half_forward})
 
 
 def sweep() -> list[dict]:

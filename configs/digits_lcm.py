@@ -22,7 +22,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = common.trajectory(digits(common.common()), name="lcm", num_scales=16, sampler_steps=4, distance="l2",
                              huber_c=1e-3, target_decay=0.95, guidance_range=())
   config.eval.sampler_steps = (2,)
-  return common.apply(config, arg, {"guided": guided})
+  return common.apply(config, arg, {"guided": guided, "lora": common.lora})
 
 
 def sweep() -> list[dict]:

@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optimizer.schedule = "linear"
   config.eval.sampler_steps = ()
   config.states.teacher_steps = 16
-  return common.apply(config, arg, {"guided": guided})
+  return common.apply(config, arg, {"guided": guided, "lora": common.lora})
 
 
 def sweep() -> list[dict]:
