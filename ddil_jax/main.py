@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 import traceback
@@ -112,6 +113,23 @@ def parser() -> argparse.ArgumentParser:
   give.add_argument("--merged", action="store_true", help="of a run that trained a LoRA: the whole network, instead of"
                     " pytorch_lora_weights.safetensors")
   give.add_argument("--run", metavar="DIR", help="training run whose config and metrics the model card shows")
+  prepare = command("prepare", "images with captions, or prompts, to latents and text embeddings that a run reads"
+                    " (data.name=prepared)", config=False)
+  prepare.add_argument("source", metavar="SOURCE", help="a folder or .zip with captions.jsonl, a folder of .tar files"
+                       " (webdataset) or of tfds (coco_captions), or prompts in a .txt or .jsonl file")
+  prepare.add_argument("--out", required=True, metavar="DIR", help="of the set; the same command continues it")
+  for flag, text in (("vae", "autoencoder of `ddil convert --component=vae`; without it the pixels are stored"),
+                     ("text_encoder", "of `ddil convert --component=text_encoder`"),
+                     ("text_encoder_2", "SDXL's second one")):
+    prepare.add_argument(f"--{flag}", default="", metavar="FILE", help=text)
+  prepare.add_argument("--tokenizer", default="", metavar="FOLDER", help="of the tokenizer, or of the pipeline")
+  prepare.add_argument("--image_size", type=int, default=0, metavar="N", help="pixels of each side: centre square,"
+                       " resized (default: what the autoencoder was made for)")
+  prepare.add_argument("--shard_size", type=int, default=1000, metavar="N", help="examples of a file (default: 1000)")
+  prepare.add_argument("--process", default="0/1", metavar="I/N", help="make this share of the shards only")
+  prepare.add_argument("--keep_images", action="store_true", help="store the pixels next to the latents: the reference"
+                       " of an evaluation")
+  prepare.add_argument("--dry_run", action="store_true", help="say what it would take, and write nothing")
   plan = command("plan", "compile a config's step for machines that are not here: memory, operations,"
                  " collectives, time", workdir=False)
   plan.add_argument("--topology", required=True, metavar="CHIP:SIZE", help="v5e:4x4, v5p:2x2x2 (TPUs: `pip install"
@@ -149,7 +167,7 @@ def overrides_of(rest: list[str], command: str) -> dict[str, str]:
   overrides = {}
   words = iter(rest)
   for word in words:
-    if not word.startswith("--config.") or command in ("report", "convert-extractor", "convert", "export", "list"):
+    if not word.startswith("--config.") or command in ("report", "convert-extractor", "convert", "export", "prepare", "list"):
       raise UsageError(f"unknown argument '{word}'; `ddil {command} --help` shows what there is")
     field, equals, value = word.removeprefix("--config.").partition("=")
     value = value if equals else next(words, None)
@@ -180,6 +198,8 @@ def _run(args, overrides) -> int:
     return 0
   if args.command == "export":
     return _export(args)
+  if args.command == "prepare":
+    return _prepare(args)
 
   from ddil_jax import config as config_lib
   from ddil_jax import trained
@@ -253,6 +273,19 @@ def _export(args) -> int:
   loaded = diffusers.load(args.file)
   release.write(args.out, loaded.params, loaded.about, sampling, run, args.dtype)
   print(f"wrote {args.out}")
+  return 0
+
+
+def _prepare(args) -> int:
+  from ddil_jax import prepare
+  from ddil_jax.training import compiling
+  compiling.keep_programs("")
+  share = re.fullmatch(r"(\d+)/(\d+)", args.process)
+  if not share:
+    raise UsageError(f"--process={args.process}: I/N is expected, such as 0/4")
+  options = prepare.Options(**{name: getattr(args, name) for name in prepare.Options._fields})
+  prepare.prepare(args.source, args.out, options, tuple(map(int, share.groups())), args.dry_run,
+                  lambda line: print(line, flush=True))
   return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ddil_jax.data import fake, folder, manual
+from ddil_jax.data import fake, folder, manual, prepared
 from ddil_jax.data.builder import ImageBuilder, find_prepared, prepare, read_prepared
 from ddil_jax.data.cifar import Cifar10
 from ddil_jax.data.dataset import Dataset, check_choice, resize, to_unit
@@ -37,6 +37,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
   * `mnist`, `fashion_mnist`, `cifar10`: from the published files, which the user brings.
   * `folder`: the images under `path` (or `data_dir`); options `path`, `channels`.
   * `fake`: made up; options `channels`, `num_classes`, `num_examples`, `seed`. `fake_text`: the same with prompts.
+  * `prepared`: what `ddil prepare` wrote into `path`.
 
   Args:
     name: one of `names()`.
@@ -99,6 +100,12 @@ def _load_folder(split: str, path=None, data_dir=None, image_size=None, channels
   return folder.load(path or data_dir, split, image_size, channels)
 
 
+def _load_prepared(split: str, path=None, image_size=None) -> Dataset:
+  if not path:
+    raise UsageError("prepared: give the folder that `ddil prepare` wrote, as path")
+  return prepared.load(path, split, image_size)
+
+
 _LOADERS = {
     "cifar10": functools.partial(_load_brought, Cifar10),
     "digits": functools.partial(_load_built, Digits),
@@ -107,6 +114,7 @@ _LOADERS = {
     "fashion_mnist": functools.partial(_load_brought, FashionMnist),
     "folder": _load_folder,
     "mnist": functools.partial(_load_brought, Mnist),
+    "prepared": _load_prepared,
 }
 
 

@@ -72,6 +72,11 @@ def tokenize(folder, texts: Sequence[str], length: int = 77) -> np.ndarray:
   Raises:
     UsageError: transformers is not installed, or the folder has no tokenizer.
   """
+  return token_ids(load_tokenizer(folder), texts, length)[0]
+
+
+def load_tokenizer(folder):
+  """CLIP's tokenizer of transformers from the files in a folder. Raises UsageError as `tokenize`."""
   folder = pathlib.Path(folder)
   if not (folder / "tokenizer.json").is_file() and not ((folder / "vocab.json").is_file()
                                                         and (folder / "merges.txt").is_file()):
@@ -80,6 +85,18 @@ def tokenize(folder, texts: Sequence[str], length: int = 77) -> np.ndarray:
     from transformers import CLIPTokenizer
   except ImportError as e:
     raise UsageError("texts need CLIP's tokenizer: `pip install transformers`, or give token ids") from e
-  tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-  out = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length)
-  return np.asarray(out["input_ids"], np.int32)
+  try:
+    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+  except Exception as e:  # of two libraries, on damaged files
+    raise UsageError(f"the tokenizer in {folder} cannot be read: {' '.join(str(e).split())[:200]}") from e
+
+
+def token_ids(tokenizer, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+  """(int32 [K,length], bool [K]): token ids, cut and padded as the tokenizer says, and which texts were cut."""
+  out = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+  cut = np.zeros(len(texts), bool)
+  for i, ids in enumerate(tokenizer(list(texts), verbose=False)["input_ids"]):
+    cut[i] = len(ids) > length
+    kept = [*ids[:length - 1], ids[-1]] if cut[i] else ids  # the end of the text stays
+    out[i, :len(kept)] = kept
+  return out, cut

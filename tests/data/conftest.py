@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddil_jax.data import pipeline
+from tests.data import making
 
 
 @pytest.fixture(scope="session")
@@ -63,3 +64,12 @@ def cifar_members():
         for image, label in zip(images, labels, strict=True))
     arrays[name] = (images, labels)
   return members, arrays
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory) -> pathlib.Path:
+  """A tiny pipeline of Stable Diffusion's kinds, and its networks' converted files; see `making.write_pipeline`."""
+  pytest.importorskip("transformers", reason="CLIP's tokenizer: pip install -r requirements-test.txt")
+  folder = tmp_path_factory.mktemp("pipeline")
+  making.write_pipeline(folder)
+  return folder
