@@ -10,6 +10,7 @@ import traceback
 from ddil_jax.errors import RunError, UsageError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
+_WITHOUT_CONFIG = ("report", "convert-extractor", "convert", "export", "prepare", "list")
 LEADER_WAITS = 3.0  # seconds for the other processes to say what they found: without process 0 they end
 
 EPILOG = """\
@@ -167,7 +168,7 @@ def overrides_of(rest: list[str], command: str) -> dict[str, str]:
   overrides = {}
   words = iter(rest)
   for word in words:
-    if not word.startswith("--config.") or command in ("report", "convert-extractor", "convert", "export", "prepare", "list"):
+    if not word.startswith("--config.") or command in _WITHOUT_CONFIG:
       raise UsageError(f"unknown argument '{word}'; `ddil {command} --help` shows what there is")
     field, equals, value = word.removeprefix("--config.").partition("=")
     value = value if equals else next(words, None)

@@ -81,19 +81,18 @@ def prepare(source: str, out: str, options: Options = Options(), process: tuple[
   todo = [i for i in range(process[0], len(shards), process[1]) if _finished(out, i, shards[i]) is None]
   say(f"{opened.kind} {source}: {len(opened.identities):,} examples in {len(shards):,} shards, {len(todo):,} of them"
       f" to be made here; {len(opened.skipped):,} files are none")
-  if todo:
+  encoder = None
+  if todo or not all((out / name).is_file() for name in _companions(settings)):
     encoder = _Encoder(options, settings["image_size"], opened.has_images)
-    estimate = _measure(encoder, opened, settings, todo)
-    _say_estimate(estimate, out, opened, settings, todo, say)
-    if dry_run:
-      return None
-    (out / prepared.INDEX).unlink(missing_ok=True)  # it would speak of shards that change
-    files.write_json(out / SETTINGS, settings)
-    _write_null(out, encoder, settings)
-    _copy_decoder(out, options)
-    _write_shards(out, encoder, opened, settings, shards, todo, say)
+  if todo:
+    _say_estimate(_measure(encoder, opened, settings, todo), out, opened, settings, todo, say)
   if dry_run:
     return None
+  if encoder:
+    (out / prepared.INDEX).unlink(missing_ok=True)  # it would speak of what changes
+    files.write_json(out / SETTINGS, settings)
+    _write_companions(out, encoder, options, settings)
+    _write_shards(out, encoder, opened, settings, shards, todo, say)
   done = [_finished(out, i, inputs) for i, inputs in enumerate(shards)]
   if missing := done.count(None):
     say(f"{missing:,} of {len(shards):,} shards are left to other processes; the last one writes {prepared.INDEX}")
@@ -161,7 +160,7 @@ def _require_same(out: pathlib.Path, settings: dict) -> None:
   if out.exists() and not out.is_dir():
     raise UsageError(f"--out={out} is a file; the name of a folder is expected")
   if not (out / SETTINGS).is_file():
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
       raise UsageError(f"--out={out} holds other things; give a new folder")
     return
   before = files.read_json(out / SETTINGS)
@@ -234,13 +233,17 @@ def _write_shards(out, encoder, source, settings, shards, todo, say) -> None:
 def _records(encoder: "_Encoder", source: captioned.Source, span: range,
              found: "_Found") -> Iterator[tuple[int, list[bytes]]]:
   """(examples looked at so far, records of the next batch) of a shard, in batches of one size."""
-  batch: list[_Image] = []
+  batch, last = [], None
   for seen, i in enumerate(span, 1):
     image = found.read(source, i, encoder.image_size)
     batch += [image] if image else []
     if batch and (len(batch) == encoder.batch or seen == len(span)):
-      yield seen, found.add(batch, encoder(batch))
-      batch = []
+      started = seen, batch, encoder.start(batch)
+      if last:  # the device works on a batch while the next one is read
+        yield last[0], found.add(last[1], last[2]())
+      batch, last = [], started
+  if last:
+    yield last[0], found.add(last[1], last[2]())
 
 
 class _Image(NamedTuple):
@@ -327,7 +330,11 @@ def join_moments(moments: list[np.ndarray]) -> np.ndarray:
 
 
 class _Encoder:
-  """Batches of decoded examples -> their arrays."""
+  """Batches of decoded examples -> their arrays.
+
+  Latents are drawn from the autoencoder's posterior, as Stable Diffusion and LCM are trained, not its mean; once and
+  for all, by a seed that is the example's key.
+  """
 
   def __init__(self, options: Options, image_size: int, has_images: bool):
     self.image_size, self._has_images, self._keep = image_size, has_images, options.keep_images
@@ -340,26 +347,33 @@ class _Encoder:
       vae = diffusers.load(options.vae)
       params = jax.device_put(vae.params)
       encode = jax.jit(lambda params, images: vae.module.apply({"params": params}, images, method="encode"))
-      self._encode = lambda pixels: jax.device_get(encode(params, to_unit(pixels, (0, 255))))
+      self._encode = lambda pixels: encode(params, to_unit(pixels, (0, 255)))
 
-  def __call__(self, batch: list[_Image]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """({field: [n, ...]}, which prompts were cut: bool [n]) of n <= `batch` examples."""
+  def start(self, batch: list[_Image]) -> Callable[[], tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Starts to encode n <= `batch` examples.
+
+    Returns:
+      A function that waits for the result: ({field: [n, ...]}, which prompts were cut: bool [n]).
+    """
     n, full = len(batch), batch + batch[-1:] * (self.batch - len(batch))  # one size: one program
-    arrays, cut = {}, np.zeros(n, bool)
-    if self._prompts:
-      encoded = self._prompts([image.caption for image in full])
-      arrays |= encoded.cond | {"tokens": encoded.tokens}
-      cut = encoded.cut[:n]
-      if self._sdxl:
-        arrays["time_ids"] = np.stack([image.time_ids for image in full])
-    if self._has_images:
-      pixels = np.stack([image.pixels for image in full])
-      if self._encode:
-        mean, std = self._encode(pixels)
+    pixels = np.stack([image.pixels for image in full]) if self._has_images else None
+    encoded = self._prompts([image.caption for image in full]) if self._prompts else None
+    posterior = self._encode(pixels) if self._encode else None
+
+    def finish():
+      arrays: dict[str, Any] = {}
+      if encoded:
+        arrays |= jax.device_get(encoded.cond) | {"tokens": encoded.tokens}
+        if self._sdxl:
+          arrays["time_ids"] = np.stack([image.time_ids for image in full])
+      if posterior:
+        mean, std = jax.device_get(posterior)
         arrays["latents"] = mean + std * np.stack([posterior_noise(image.key, mean.shape[1:]) for image in full])
-      if self._keep or not self._encode:
+      if pixels is not None and (self._keep or not posterior):
         arrays["pixels"] = pixels
-    return {name: x[:n] for name, x in arrays.items()}, cut
+      return {name: x[:n] for name, x in arrays.items()}, encoded.cut[:n] if encoded else np.zeros(n, bool)
+
+    return finish
 
   def null(self) -> dict[str, np.ndarray]:
     """The condition of no prompt, without the batch axis; {} without text encoders."""
@@ -425,14 +439,15 @@ def _duration(seconds: float) -> str:
 # What belongs to all shards -----------------------------------------------------------------
 
 
-def _write_null(out: pathlib.Path, encoder: _Encoder, settings: dict) -> None:
+def _companions(settings: dict) -> list[str]:
+  """Files of a set next to its shards."""
+  return [prepared.NULL] * ("text_encoder" in settings["files"]) + [prepared.DECODER] * ("vae" in settings["files"])
+
+
+def _write_companions(out: pathlib.Path, encoder: "_Encoder", options: Options, settings: dict) -> None:
   if null := encoder.null():
     files.save_arrays(out / prepared.NULL, null, {"kind": "null condition", "files": settings["files"]})
-
-
-def _copy_decoder(out: pathlib.Path, options: Options) -> None:
-  """The set keeps its autoencoder: latents are worth nothing without it."""
-  if options.vae and not (out / prepared.DECODER).is_file():
+  if options.vae and not (out / prepared.DECODER).is_file():  # latents are worth nothing without it
     with files.whole(out / prepared.DECODER) as f, open(options.vae, "rb") as given:
       shutil.copyfileobj(given, f)
 

@@ -217,7 +217,7 @@ def _open_tars(root, tars) -> Source:
   found: dict[str, dict[str, _Member]] = {}
   skipped = []
   for path in tars:
-    for member in tarfile.open(path, "r:"):
+    for member in _members(path):
       name = pathlib.PurePosixPath(member.name)
       stem, _, suffix = name.name.partition(".")
       suffix = f".{suffix.lower()}"
@@ -252,6 +252,11 @@ def _open_tars(root, tars) -> Source:
   return Source("webdataset", root.resolve().name, identities, read, tuple(skipped))
 
 
+def _members(path: pathlib.Path) -> list[tarfile.TarInfo]:
+  with tarfile.open(path, "r:") as tar:  # without compression: members are read where they lie
+    return tar.getmembers()
+
+
 def _caption(parts: dict[str, _Member]) -> str:
   if ".txt" in parts:
     return parts[".txt"].read(_LARGEST_TEXT).decode()
@@ -273,10 +278,8 @@ def _open_tfds(root) -> Source:
     if not {"image", "captions"} <= set(features) or "text" not in features["captions"].feature:
       raise UsageError(f"{root} has the features {', '.join(features)}; image and captions with text, as coco_captions"
                        " has them, are expected")
-    wanted = tfds.decode.PartialDecoding(
-        {"image": True, "captions": {"text": True}} | {k: True for k in ("image/filename",) if k in features},
-        decoders={"image": tfds.decode.SkipDecoding()})  # images are decoded here, with the checks of all others
-    sets = {split: builder.as_data_source(split=split, decoders=wanted) for split in sorted(builder.info.splits)}
+    raw = {"image": tfds.decode.SkipDecoding()}  # images are decoded here, with the checks of all others
+    sets = {split: builder.as_data_source(split=split, decoders=raw) for split in sorted(builder.info.splits)}
     places = [(split, i) for split, data in sets.items() for i in range(len(data))]
   except UsageError:
     raise
@@ -293,7 +296,7 @@ def _open_tfds(root) -> Source:
                    "test" if split in _HELD_OUT else "train")
 
   stat = (root / "dataset_info.json").stat()
-  identities = [f"{split}\0{i}\0{stat.st_size}\0{stat.st_mtime_ns}" for split, i in places]
+  identities = [f"{split}/{i:09d}\0{stat.st_size}\0{stat.st_mtime_ns}" for split, i in places]
   return Source("tfds", f"{builder.name}/{builder.version}", identities, read)
 
 

@@ -155,6 +155,8 @@ def read_index(folder: str | os.PathLike) -> Index:
     if value["format"] != FORMAT:
       raise UsageError(f"{path} has format {value['format']}; this version reads {FORMAT}: prepare the set anew")
     shards = tuple(Shard(**(shard | {"test": tuple(shard["test"])})) for shard in value["shards"])
+    if not shards:
+      raise KeyError("no shards")
     if any(pathlib.PurePath(shard.file).name != shard.file for shard in shards):
       raise UsageError(f"{path} names a shard out of its folder")
     return Index(**{name: value[name] for name in Index._fields} |
@@ -187,6 +189,9 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
   if image_size not in (None, index.settings["image_size"]):
     raise UsageError(f"{folder} was prepared with image_size {index.settings['image_size']}, not {image_size}; leave"
                      " data.image_size out")
+  decoder = folder / DECODER if "vae" in index.settings["files"] else None
+  if decoder and not decoder.is_file():
+    raise UsageError(f"{decoder} is missing; {_AGAIN}")
   records = _Records(folder, index, split)
   fields = {name: (tuple(field["shape"]), np.dtype(field["dtype"])) for name, field in index.fields.items()}
   columns = {name: _Column(records, name, *field) for name, field in fields.items() if name != "tokens"}
@@ -204,7 +209,7 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
       (min(bounds[0]), max(bounds[1])) if bounds else (0.0, 255.0), split, _skipped(folder),
       cond={name: columns[name] for name in COND if name in columns}, null=_null(folder, index), captions=captions,
       pixels=columns.get("pixels") if latents else None,
-      decoder=str(folder / DECODER) if "vae" in index.settings["files"] else "", bounds=bounds)
+      decoder=str(decoder or ""), bounds=bounds)
 
 
 def _skipped(folder: pathlib.Path) -> tuple[tuple[str, str], ...]:

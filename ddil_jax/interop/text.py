@@ -18,11 +18,12 @@ class Encoded(NamedTuple):
   """Prompts as arrays.
 
   Attributes:
-    cond: what a UNet reads: "text" float32 [K,L,D], and of SDXL "text_pooled" float32 [K,P].
+    cond: what a UNet reads: "text" float32 [K,L,D], and of SDXL "text_pooled" float32 [K,P]; on the device, where they
+      may still be being computed.
     tokens: int32 [K,L], of the first encoder.
     cut: bool [K], whose tokens were more than L.
   """
-  cond: dict[str, np.ndarray]
+  cond: dict[str, jax.Array]
   tokens: np.ndarray
   cut: np.ndarray
 
@@ -80,7 +81,7 @@ class Prompts:
   def __call__(self, prompts: Sequence[str]) -> Encoded:
     """Encodes K prompts; each K compiles its own program."""
     tokens, cut = zip(*(clip.token_ids(own, prompts, self.length) for own in self._tokenizers))
-    return Encoded(jax.device_get(self._states(self._params, tokens)), tokens[0], np.any(cut, axis=0))
+    return Encoded(self._states(self._params, tokens), tokens[0], np.any(cut, axis=0))
 
   def null(self, count: int = 1) -> dict[str, np.ndarray]:
     """`cond` of no prompt, without K: the empty one, or zeros where the pipeline's model_index.json says so (SDXL's).
@@ -88,7 +89,7 @@ class Prompts:
     Args:
       count: prompts of a batch whose program is compiled already.
     """
-    cond = {name: x[0] for name, x in self([""] * count).cond.items()}
+    cond = {name: np.asarray(x)[0] for name, x in self([""] * count).cond.items()}
     return {name: np.zeros_like(x) for name, x in cond.items()} if self._zeros else cond
 
 

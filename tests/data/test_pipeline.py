@@ -156,7 +156,7 @@ def test_bad_batches(kwargs, match):
 
 
 def test_names_and_unknown_ones(tmp_path):
-  assert pipeline.names() == ("cifar10", "digits", "fake", "fake_text", "fashion_mnist", "folder", "mnist")
+  assert pipeline.names() == ("cifar10", "digits", "fake", "fake_text", "fashion_mnist", "folder", "mnist", "prepared")
   with pytest.raises(UsageError, match="data set 'fashon_mnist'; did you mean fashion_mnist.*there are: "):
     pipeline.load("fashon_mnist", tmp_path)
   with pytest.raises(UsageError, match="unknown split 'valid'; there are: test, train"):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddil_jax import prepare
-from ddil_jax.data import pipeline
+from ddil_jax.data import pipeline, prepared
+from ddil_jax.errors import UsageError
 from ddil_jax.main import main
 from tests.data import making
 from tests.running import shared  # noqa: F401 (a fixture: compiled programs)
@@ -98,7 +99,8 @@ def test_stable_diffusion(theirs, source, pipeline_folder, tmp_path, capsys):
       mean, std = (x.numpy()[0].transpose(1, 2, 0) for x in (posterior.mean, posterior.std))
       close(row["image"], (mean + std * prepare.posterior_noise(file, mean.shape)) * making.VAE["scaling_factor"])
   close(data.null["text"], states(theirs, 0, [""]).last_hidden_state.numpy()[0])
-  assert data.pixels.shape[1:] == (making.SIZE, making.SIZE, 3) and data.decoder == str(tmp_path / "out/vae.safetensors")
+  assert data.pixels.shape[1:] == (making.SIZE, making.SIZE, 3)
+  assert data.decoder == str(tmp_path / "out/vae.safetensors")
 
 
 def test_sdxl(theirs, source, pipeline_folder, tmp_path):
@@ -129,3 +131,54 @@ def test_sdxl(theirs, source, pipeline_folder, tmp_path):
     (tmp_path / "aside").rename(pipeline_folder / "model_index.json")
   null = pipeline.load("prepared", path=tmp_path / "empty").null
   close(null["text_pooled"], states(theirs, 1, [""]).text_embeds.numpy()[0])
+
+
+def test_a_set_is_whole_and_can_be_mended(theirs, source, pipeline_folder, tmp_path):
+  """Its own autoencoder and null condition; what goes missing is named, and made again with the same bytes."""
+  out = tmp_path / "out"
+  command = ["prepare", str(source), f"--out={out}", f"--tokenizer={pipeline_folder / 'tokenizer'}",
+             *(f"--{name}={pipeline_folder / name}.safetensors" for name in ("vae", "text_encoder"))]
+  assert main(command) == 0
+  before = {p.name: p.read_bytes() for p in out.iterdir()}
+  assert before["vae.safetensors"] == (pipeline_folder / "vae.safetensors").read_bytes()
+  for name in ("vae.safetensors", "null.safetensors", "shard-00000.array_record"):
+    (out / name).unlink()
+    with pytest.raises(UsageError, match=name):
+      pipeline.load("prepared", path=out)
+    assert main(command) == 0
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_statistics_and_lazy_rows(theirs, source, pipeline_folder, tmp_path, monkeypatch):
+  """Bounds, mean and deviation per channel are those of all latents; on disk the rows are the same."""
+  options = prepare.Options(f"{pipeline_folder}/vae.safetensors", f"{pipeline_folder}/text_encoder.safetensors",
+                            tokenizer=f"{pipeline_folder}/tokenizer", shard_size=2, keep_images=True)
+  index = prepare.prepare(str(source), str(tmp_path), options)
+  data, rows = load_all(tmp_path)
+  latents = np.stack([row["image"] for found in rows.values() for row in found])
+  flat = latents.reshape(-1, latents.shape[-1])
+  np.testing.assert_array_equal(data.bounds, [flat.min(0), flat.max(0)])
+  np.testing.assert_allclose(index.latents["mean"], flat.mean(0), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(index.latents["std"], flat.std(0), rtol=1e-4)
+  assert index.latents["scaling_factor"] == making.VAE["scaling_factor"]
+  data = pipeline.load("prepared", path=tmp_path)
+  monkeypatch.setattr(prepared, "_IN_MEMORY", 0)
+  lazy = pipeline.load("prepared", path=tmp_path)
+  assert not isinstance(lazy.images, np.ndarray)
+  at = np.array([2, 0, 2])
+  for a, b in ((lazy.images, data.images), (lazy.pixels, data.pixels), (lazy.cond["text"], data.cond["text"])):
+    assert (a.shape, a.dtype, len(a)) == (b.shape, b.dtype, len(b))
+    np.testing.assert_array_equal(a[at], b[at], strict=True)
+
+
+def test_prompts_alone(theirs, pipeline_folder, tmp_path):
+  """The shape of what is to be generated is the autoencoder's; there is nothing to learn from."""
+  (tmp_path / "prompts.txt").write_text("a red square\na big circle\n")
+  options = prepare.Options(f"{pipeline_folder}/vae.safetensors", f"{pipeline_folder}/text_encoder.safetensors",
+                            tokenizer=f"{pipeline_folder}/tokenizer")
+  prepare.prepare(str(tmp_path / "prompts.txt"), str(tmp_path / "out"), options)
+  data = pipeline.load("prepared", path=tmp_path / "out")
+  side = making.SIZE // 2
+  assert data.images.shape == (2, side, side, 4) and np.isnan(data.images[np.array([1])]).all()
+  assert data.decoder and data.bounds is None and data.pixels is None
+  close(data.cond["text"][1], states(theirs, 0, ["a big circle"]).last_hidden_state.numpy()[0])
