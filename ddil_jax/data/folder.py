@@ -3,6 +3,7 @@
 import os
 import pathlib
 import warnings
+from typing import BinaryIO
 
 import numpy as np
 from absl import logging
@@ -14,6 +15,8 @@ from ddil_jax.errors import UsageError
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SPLITS = ("train", "test")
 _TEST_EVERY = 10
+# Decoders of these only, whatever the file's name: that of EPS would start another program.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # 8-bit modes; a 16-bit or float image would be clipped, not scaled, by `convert`.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 
@@ -93,7 +96,7 @@ def classes_of(files: list[tuple[str, pathlib.Path]]) -> list[str]:
   return classes
 
 
-def open_image(file: str | os.PathLike, channels: int | None = None) -> Image.Image:
+def open_image(file: str | os.PathLike | BinaryIO, channels: int | None = None) -> Image.Image:
   """The decoded image, upright and on white, as RGB (3 channels) or grey (1; None: as the file is).
 
   Raises:
@@ -101,7 +104,7 @@ def open_image(file: str | os.PathLike, channels: int | None = None) -> Image.Im
   """
   with warnings.catch_warnings():
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
       if image.mode not in _MODES:
         raise ValueError(f"pixel mode {image.mode} is not 8 bits a channel")
       grey = image.mode in ("1", "L", "LA", "La") if channels is None else channels == 1

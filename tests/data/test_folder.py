@@ -71,6 +71,13 @@ def test_bad_files_are_listed_with_reasons(tmp_path):
     pipeline.load("folder", path=tmp_path, image_size=8)
 
 
+def test_other_formats_are_not_decoded(tmp_path):
+  """Whatever a file is called: Pillow's decoder of EPS starts Ghostscript."""
+  save(tmp_path / "good.png", solid(7))
+  Image.fromarray(solid(7)).save(tmp_path / "a.png", format="EPS")
+  assert pipeline.load("folder", path=tmp_path, image_size=4).skipped == (("a.png", "not an image"),)
+
+
 def test_bomb_is_refused(tmp_path, monkeypatch):
   save(tmp_path / "good.png", solid(7))
   save(tmp_path / "huge.png", solid(7, 40, 40))
