@@ -213,6 +213,12 @@ def _finished(out: pathlib.Path, number: int, inputs: str) -> dict | None:
 def _write_shards(out, encoder, source, settings, shards, todo, say) -> None:
   total, done, start = sum(len(_span(source, settings, i)) for i in todo), 0, time.perf_counter()
   said = start
+
+  def progress(nth, looked_at):
+    rate = looked_at / (time.perf_counter() - start)
+    say(f"shard {nth:,} of {len(todo):,}: {looked_at:,} of {total:,} examples, {rate:.1f}/s,"
+        f" {_duration((total - looked_at) / rate)} left")
+
   for nth, number in enumerate(todo, 1):
     found = _Found()
     path, span = out / prepared.shard_name(number), _span(source, settings, number)
@@ -220,14 +226,13 @@ def _write_shards(out, encoder, source, settings, shards, todo, say) -> None:
       for seen, records in _records(encoder, source, span, found):
         for record in records:
           write(record)
-        now = time.perf_counter()
-        if now - said > _SAY_EVERY or seen == len(span) and nth == len(todo):
-          rate = (done + seen) / (now - start)
-          say(f"shard {nth:,} of {len(todo):,}: {done + seen:,} of {total:,} examples, {rate:.1f}/s,"
-              f" {_duration((total - done - seen) / rate)} left")
-          said = now
+        if time.perf_counter() - said > _SAY_EVERY:
+          progress(nth, done + seen)
+          said = time.perf_counter()
     done += len(span)
     files.write_json(_sidecar(out, number), found.about(path, shards[number]))
+  if todo:
+    progress(len(todo), done)
 
 
 def _records(encoder: "_Encoder", source: captioned.Source, span: range,
@@ -268,15 +273,15 @@ class _Found:
     key = source.identities[i].partition("\0")[0]
     try:
       example = source.read(i)
-      key = example.key
-      if not example.caption.strip():
+      key, caption = example.key, example.caption.encode("utf-8", "replace").decode()  # JSON can hold half characters
+      if not caption.strip():
         raise ValueError("no caption")
       if example.image is None:
-        return _Image(key, example.caption, example.split, None, np.array([size, size, 0, 0, size, size], np.float32))
+        return _Image(key, caption, example.split, None, np.array([size, size, 0, 0, size, size], np.float32))
       image = folder.open_image(io.BytesIO(example.image), 3)
       (w, h), short = image.size, min(image.size)
       top, left = ((side * size / short - size) // 2 for side in (h, w))
-      return _Image(key, example.caption, example.split, np.asarray(fit(image, size)),
+      return _Image(key, caption, example.split, np.asarray(fit(image, size)),
                     np.array([h, w, top, left, size, size], np.float32))
     except OSError as e:
       if e.errno is not None and not isinstance(e, FileNotFoundError | PermissionError):

@@ -83,7 +83,7 @@ def open_source(path: str | os.PathLike) -> Source:
       return _open_zip(path)
     if path.suffix in (".txt", ".jsonl"):
       return _open_prompts(path)
-  except (OSError, UnicodeDecodeError, zipfile.BadZipFile, tarfile.TarError) as e:
+  except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as e:
     raise UsageError(f"{path} cannot be read: {folder.reason(e)}") from e
   raise UsageError(f"{path} is no folder, .zip, .txt or .jsonl file")
 
@@ -92,7 +92,7 @@ def open_source(path: str | os.PathLike) -> Source:
 
 
 def _objects(path: pathlib.Path, text: str, fields: tuple[str, ...]) -> Iterator[tuple[str, dict | str]]:
-  """(name of the line, the object or why it is none) of a .jsonl file; `fields` must be strings."""
+  """(name of the line, the object or why it is none) of a .jsonl file; `fields` must be texts."""
   for i, line in enumerate(text.split("\n"), 1):
     if not line.strip():
       continue
@@ -139,17 +139,19 @@ def _check_size(size: int, most: int) -> None:
 
 
 def _open_folder(root) -> Source:
-  pairs, skipped = _captions(root / CAPTIONS, (root / CAPTIONS).read_text(encoding="utf-8"))
+  pairs, skipped = _captions(root / CAPTIONS, (root / CAPTIONS).read_text(encoding="utf-8-sig"))
   real = root.resolve()
   found, identities = [], []
   for file, caption in pairs:
-    path = root / file
-    if not path.is_file():
-      skipped.append((file, "no such file"))
-    elif not path.resolve().is_relative_to(real):
+    try:
+      stat = (root / file).stat()
+      outside = not (root / file).resolve().is_relative_to(real)
+    except OSError as e:
+      skipped.append((file, "no such file" if isinstance(e, FileNotFoundError) else e.strerror))
+      continue
+    if outside:
       skipped.append((file, "a link that points out of the source"))
     else:
-      stat = path.stat()
       found.append((file, caption))
       identities.append(f"{file}\0{caption}\0{stat.st_size}\0{stat.st_mtime_ns}")
   there = sorted(str(p.relative_to(root)) for p in root.rglob("*")
@@ -169,9 +171,9 @@ def _open_zip(path) -> Source:
   infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
   beside = path.parent / CAPTIONS
   if CAPTIONS in infos:
-    text = archive.read(CAPTIONS).decode()
+    text = archive.read(CAPTIONS).decode("utf-8-sig")
   elif beside.is_file():
-    text = beside.read_text(encoding="utf-8")
+    text = beside.read_text(encoding="utf-8-sig")
   else:
     raise UsageError(f"{path} has no {CAPTIONS} in it or beside it")
   pairs, skipped = _captions(beside, text)
@@ -253,8 +255,11 @@ def _open_tars(root, tars) -> Source:
 
 
 def _members(path: pathlib.Path) -> list[tarfile.TarInfo]:
-  with tarfile.open(path, "r:") as tar:  # without compression: members are read where they lie
-    return tar.getmembers()
+  try:
+    with tarfile.open(path, "r:") as tar:  # without compression: members are read where they lie
+      return tar.getmembers()
+  except tarfile.TarError as e:
+    raise UsageError(f"{path} cannot be read as an uncompressed tar file: {folder.reason(e)}") from e
 
 
 def _caption(parts: dict[str, _Member]) -> str:
@@ -301,7 +306,7 @@ def _open_tfds(root) -> Source:
 
 
 def _open_prompts(path) -> Source:
-  text, skipped, found = path.read_text(encoding="utf-8"), [], []
+  text, skipped, found = path.read_text(encoding="utf-8-sig"), [], []
   if path.suffix == ".txt":
     found = [(f"{path.name}:{i}", line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
   else:

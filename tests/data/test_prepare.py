@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -124,28 +125,50 @@ def test_bad_files_are_counted_and_listed(tmp_path, capsys, monkeypatch):
   lines = [{"file": "../secret.png", "caption": "a"}, {"file": str(tmp_path / "secret.png"), "caption": "a"},
            {"file": "link.png", "caption": "a"}, {"file": "gone.png", "caption": "a"}, {"file": "captions.jsonl",
            "caption": "a"}, {"file": "002.png", "caption": "  "}, {"file": 3, "caption": "a"}, {"file": "003.png"},
-           {"file": "bomb.png", "caption": "a"}, [1]]
+           {"file": "bomb.png", "caption": "a"}, [1], {"file": "x" * 300 + ".png", "caption": "a"}]
   with open(source / "captions.jsonl", "a") as f:
     f.write("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n\n")
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5000)
   assert run(source, tmp_path / "out", "--shard_size=10") == 0
   rows = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
   reasons = {row["file"]: row["reason"] for row in rows}
-  assert len(rows) == len(reasons) == 14
+  assert len(rows) == len(reasons) == 15
   for name, words in {"000.png": "", "001.png": "not an image", "deep/lonely.png": "no caption",
                       "captions.jsonl:31": "points out of the source", "captions.jsonl:32": "points out of the source",
                       "link.png": "a link that points out", "gone.png": "no such file",
                       "captions.jsonl:35": "is no image by its name", "002.png": "no caption",
                       "captions.jsonl:37": "no text 'file'", "captions.jsonl:38": "no text 'caption'",
                       "bomb.png": "exceeds limit", "captions.jsonl:40": "no JSON object",
-                      "captions.jsonl:41": "no JSON object"}.items():
+                      "captions.jsonl:42": "no JSON object",
+                      "x" * 300 + ".png": "File name too long"}.items():
     assert words in reasons[name], (name, reasons[name])
   index = prepared.read_index(tmp_path / "out")
-  assert sum(s.count for s in index.shards) == 28 and sum(index.skipped.values()) == 14
+  assert sum(s.count for s in index.shards) == 28 and sum(index.skipped.values()) == 15
   assert index.skipped["no caption"] == 2
-  assert "14 skipped: " in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "15 skipped: " in said and re.search(r"shard 4 of 4: 32 of 32 examples, [\d.,]+/s, 0 s left\n", said)
   data = load(tmp_path / "out")
-  assert len(data.skipped) == 14 and "14 files skipped" in pipeline.preflight(data)["summary"]
+  assert len(data.skipped) == 15 and "15 files skipped" in pipeline.preflight(data)["summary"]
+
+
+def test_captions_of_any_kind(tmp_path, pipeline_folder):
+  """A byte order mark, half a character, control characters; through the tokenizer too."""
+  source = making.write_folder(tmp_path / "src", 3)
+  captions = ["größe 🙂 名", "\\ud83d half", "a\\u0000b\\n"]
+  lines = "\r\n".join(f'{{"file": "{i:03d}.png", "caption": "{text}"}}' for i, text in enumerate(captions))
+  (source / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+  assert run(source, tmp_path / "out", f"--text_encoder={pipeline_folder}/text_encoder.safetensors",
+             f"--tokenizer={pipeline_folder}/tokenizer") == 0
+  found = [c for split in ("train", "test") for c in load_or_none(tmp_path / "out", split)]
+  assert sorted(found) == sorted(["größe 🙂 名", "? half", "a\0b\n"])
+
+
+def load_or_none(path, split) -> list[str]:
+  try:
+    return list(load(path, split).captions)
+  except UsageError as e:
+    assert f"no {split} examples" in str(e)
+    return []
 
 
 def test_nothing_usable(tmp_path, refuse):  # noqa: F811
@@ -428,7 +451,7 @@ def test_records_are_safetensors():
     (["{tmp}/bad.zip", "--image_size=8"], "bad.zip cannot be read: File is not a zip file"),
     (["{tmp}/alone/alone.zip", "--image_size=8"], "alone.zip has no captions.jsonl in it or beside it"),
     (["{tmp}/bad.txt", "--image_size=8"], "bad.txt cannot be read: 'utf-8' codec"),
-    (["{tmp}/tars", "--image_size=8"], "tars cannot be read: "),
+    (["{tmp}/tars", "--image_size=8"], "tars/0.tar cannot be read as an uncompressed tar file: "),
     (["{tmp}/tfds", "--image_size=8"], "cannot read the prepared data in"),
     (["{src}"], "give --image_size=N"),
     (["{src}", "--image_size=-1"], "--image_size=-1: at least 1"),
