@@ -222,6 +222,7 @@ def _write_shards(out, encoder, source, settings, shards, todo, say) -> None:
   for nth, number in enumerate(todo, 1):
     found = _Found()
     path, span = out / prepared.shard_name(number), _span(source, settings, number)
+    _sidecar(out, number).unlink(missing_ok=True)  # it is of another shard
     with prepared.new_shard(path) as write:
       for seen, records in _records(encoder, source, span, found):
         for record in records:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,6 +360,26 @@ def test_only_what_changed_is_made_anew(tmp_path, refuse):  # noqa: F811
   line = refuse("prepare", making.write_folder(tmp_path / "other", 3), f"--out={out}", "--shard_size=5",
                 f"--image_size={SIZE}")
   assert "other settings: source was" in line and "other" in line
+
+
+def test_a_shard_and_what_is_said_of_it_belong_together(many, tmp_path, monkeypatch):
+  """Stopped between the two while an image was another one: the old words must not vouch for the new shard."""
+  source, out = tmp_path / "src", tmp_path / "out"
+  shutil.copytree(many[0], source)
+  assert run(source, out, "--shard_size=7") == 0
+  before = contents(out)
+  image, stat = (source / "010.png").read_bytes(), (source / "010.png").stat()
+  (source / "010.png").write_bytes(making.png(making.pixels(99)))
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare._Found, "about", lambda *_: sys.exit(9))
+    with pytest.raises(SystemExit):
+      run(source, out, "--shard_size=7")
+  name = prepared.shard_name(1)
+  assert (out / name).read_bytes() != before[name] and (out / name).stat().st_size == len(before[name])
+  (source / "010.png").write_bytes(image)
+  os.utime(source / "010.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  assert run(source, out, "--shard_size=7") == 0
+  assert contents(out) == before
 
 
 def test_estimate_dry_run_and_space(many, tmp_path, capsys, monkeypatch, refuse):  # noqa: F811
