@@ -1,13 +1,15 @@
-"""Measures of perceptual networks: LPIPS-diversity and CLIP score."""
+"""Measures of perceptual networks: LPIPS-diversity, and whether images show what their captions say."""
 
+import functools
 from collections.abc import Iterable, Iterator
 
+import jax
 import numpy as np
 
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import bootstrap as bs, checks
 from ddil_jax.evaluation.features import Extractor
-from ddil_jax.evaluation.results import Options
+from ddil_jax.evaluation.results import Measured, MetricName, Options
 
 _SKETCH = 512
 
@@ -97,26 +99,143 @@ def _sketch(e):
   return signed.reshape(len(e), -1, _SKETCH).sum(axis=1).astype(np.float32)
 
 
-def clip_score(image_features, text_features) -> float:
-  """How well images agree with the texts they were asked to show.
+class CaptionAgreement:
+  """How well images agree with the captions that they were drawn for, in one pass over batches.
 
-      mean_i 100 max(cos(image_i, text_i), 0)
+  Two metrics: `clip_score`, and `r_precision`, the share of images whose own caption is found among others.
+
+  Args:
+    extractor: of CLIP's image features.
+    texts: [K,D], CLIP's features of the captions, each caption once (`text_features`).
+    captions: int [N], which of them each image over all batches was drawn for.
+    candidates: of `r_precision`.
+    options: `bootstrap` and `seed` are used; the seed draws the other captions too.
+
+  Raises:
+    UsageError: unlike shapes, unknown captions, fewer captions than candidates.
+  """
+
+  def __init__(self, extractor: Extractor, texts, captions, candidates: int = 100, options: Options = Options()):
+    self._extractor, self._candidates, self._options = extractor, candidates, options
+    self._texts, self._features = checks.rows(texts, "text features"), []
+    self._captions = checks.class_labels(captions, len(captions), len(self._texts), "captions")
+    _check_candidates(candidates, len(self._texts))
+
+  def tap(self, batches: Iterable) -> Iterator:
+    """Passes batches of images [B,H,W,C] in [-1, 1] on, and takes them in."""
+    for images in batches:
+      self.add(images)
+      yield images
+
+  def add(self, images) -> None:
+    """Takes a batch in."""
+    self._features.append(self._extractor.features(images))
+
+  def measured(self) -> Measured:
+    """Both metrics by their names, like `r_precision@500/-/clip-uint8-1a2b3c4d`, and their intervals.
+
+    Raises:
+      UsageError: more or fewer images than captions, none, or features without a direction.
+    """
+    features = np.concatenate(self._features) if self._features else np.zeros((0, self._texts.shape[1]))
+    if len(features) != len(self._captions):
+      raise UsageError(f"{len(features)} images and {len(self._captions)} captions; expected one caption an image")
+    name = lambda metric: str(MetricName(metric, len(features), extractor=self._extractor.name))  # noqa: E731
+    parts = {"clip_score": clip_scores(features, self._texts[self._captions]),
+             "r_precision": retrieved(features, self._texts, self._captions, self._candidates, seed=self._options.seed)}
+    values = {name(metric): float(x.mean()) for metric, x in parts.items()}
+    if not self._options.bootstrap:
+      return Measured(values, {})
+    keep = bs.half_samples(len(features), self._options.bootstrap, self._options.seed)
+    return Measured(values, {name(metric): bs.interval(values[name(metric)], bs.each(lambda i: x[i].mean(), keep))
+                             for metric, x in parts.items()})
+
+
+def text_features(module, variables, tokens, batch_size: int = 256) -> np.ndarray:
+  """Features [K,D] of texts by CLIP's text tower, float32.
+
+  Args:
+    module: Linen; `apply(variables, tokens, method="text_features")` gives [K,D].
+    variables: of it.
+    tokens: int [K,T].
+    batch_size: texts at a time.
+  """
+  apply = jax.jit(functools.partial(module.apply, method="text_features"))
+  return np.concatenate([np.asarray(apply(variables, tokens[i:i + batch_size]), np.float32)
+                         for i in range(0, len(tokens), batch_size)])
+
+
+def clip_score(image_features, texts) -> float:
+  """The mean of `clip_scores`."""
+  return float(clip_scores(image_features, texts).mean())
+
+
+def clip_scores(image_features, texts) -> np.ndarray:
+  """How well each image agrees with the text that it was asked to show.
+
+      100 max(cos(image_i, text_i), 0)
 
   Papers also give it divided by 100, or with 2.5 in place of 100 (CLIP-S).
 
   Args:
     image_features: [N,D], of CLIP's image tower.
-    text_features: [N,D], of its text tower, one per image.
+    texts: [N,D], of its text tower, one per image.
+
+  Returns:
+    [N].
 
   Raises:
     UsageError: unlike shapes, non-finite values, a feature vector of norm 0.
 
   Source: Hessel et al. 2021 (arXiv 2104.08718), eq. 1.
   """
-  a, b = checks.row_pair(image_features, text_features, ("image features", "text features"))
+  a, b = checks.row_pair(image_features, texts, ("image features", "text features"))
   if len(a) != len(b):
     raise UsageError(f"{len(a)} images and {len(b)} texts; expected one text per image")
-  norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+  a, b = _directions(a, "image"), _directions(b, "text")
+  return 100 * np.maximum(np.einsum("nd,nd->n", a, b), 0)
+
+
+def retrieved(image_features, texts, captions, candidates: int = 100, top: int = 1, seed: int = 0) -> np.ndarray:
+  """Whether each image's own caption is among the `top` best of `candidates`: it and others drawn at random.
+
+      #{j in others_i: cos(image_i, text_j) >= cos(image_i, text_own)} < top
+
+  Args:
+    image_features: [N,D], of CLIP's image tower.
+    texts: [K,D], of its text tower, each caption once.
+    captions: int [N], which of them is an image's own.
+    candidates: captions that an image is compared with, its own included.
+    seed: of the draw of the others.
+
+  Returns:
+    bool [N]; its mean is R-precision.
+
+  Raises:
+    UsageError: unlike shapes, non-finite values, unknown captions, fewer captions than candidates, a norm of 0.
+
+  Source: Xu et al. 2018 (arXiv 1711.10485), section 4; with CLIP: Park et al. 2021 (NeurIPS Datasets and Benchmarks).
+  """
+  a, b = checks.row_pair(image_features, texts, ("image features", "text features"))
+  captions = checks.class_labels(captions, len(a), len(b), "captions")
+  _check_candidates(candidates, len(b))
+  a, b, rng = _directions(a, "image"), _directions(b, "text"), np.random.default_rng(seed)
+  out = np.empty(len(a), bool)
+  for i, own in enumerate(captions):
+    others = rng.permutation(len(b) - 1)[:candidates - 1]
+    cosines = b[others + (others >= own)] @ a[i]
+    out[i] = np.count_nonzero(cosines >= b[own] @ a[i]) < top
+  return out
+
+
+def _check_candidates(candidates, num):
+  if not 2 <= candidates <= num:
+    raise UsageError(f"an image's caption is looked for among {candidates}, of {num} different captions; expected at"
+                     " least 2 and no more than there are")
+
+
+def _directions(x, what):
+  norms = np.linalg.norm(x, axis=1)
   if not norms.all():
-    raise UsageError(f"features of pair {int(norms.argmin())} are all 0: their cosine is undefined")
-  return float(100 * np.mean(np.maximum(np.einsum("nd,nd->n", a, b) / norms, 0)))
+    raise UsageError(f"features of {what} {int(norms.argmin())} are all 0: their cosine is undefined")
+  return x / norms[:, None]

@@ -1,4 +1,4 @@
-"""LPIPS-diversity against all pairs one by one; CLIP score against cosines."""
+"""LPIPS-diversity against all pairs one by one; agreement with captions against cosines one by one."""
 
 import itertools
 
@@ -86,7 +86,80 @@ def test_clip_score():
   assert perceptual.clip_score(a, b) == pytest.approx(100 * (1 + 0.5**0.5 + 0) / 3)
   with pytest.raises(UsageError, match="3 images and 2 texts"):
     perceptual.clip_score(a, b[:2])
-  with pytest.raises(UsageError, match="pair 1 are all 0"):
+  with pytest.raises(UsageError, match="text 1 are all 0"):
     perceptual.clip_score(a, b * [[1], [0], [1]])
   with pytest.raises(UsageError, match="unlike"):
     perceptual.clip_score(a, b[:, :1])
+
+
+def cosine(a, b):
+  return float(np.dot(a, b) / np.sqrt(np.dot(a, a) * np.dot(b, b)))
+
+
+def related(n=60, k=40, seed=0):
+  """(image features [n,8], text features [k,8], own caption of each image [n]): some are near their own, not all."""
+  rng = np.random.default_rng(seed)
+  texts, own = rng.standard_normal((k, 8)), rng.integers(0, k, n)
+  return texts[own] * rng.uniform(0.5, 2, (n, 1)) + 1.5 * rng.standard_normal((n, 8)), texts, own
+
+
+def test_retrieval_among_all_captions():
+  a, b, own = related()
+  ranks = np.array([sum(cosine(x, text) > cosine(x, b[i]) for text in b) for x, i in zip(a, own)])
+  for top in (1, 5):
+    assert 0.1 < np.mean(ranks < top) < 0.9
+    np.testing.assert_array_equal(perceptual.retrieved(a, b, own, len(b), top), ranks < top)
+
+
+def test_retrieval_among_some_captions():
+  """An image whose own caption has rank r of K is found if none of the r better ones is drawn."""
+  k, candidates, draws = 40, 6, 4000
+  texts = np.stack([np.cos(np.arange(k) / k), np.sin(np.arange(k) / k)], axis=1)
+  images = np.repeat([[1.0, 0.0]], draws, axis=0)
+  for rank in (0, 3, 10):
+    hits = perceptual.retrieved(images, texts, np.full(draws, rank), candidates)
+    others = [(k - 1 - rank - i) / (k - 1 - i) for i in range(candidates - 1)]
+    assert hits.mean() == pytest.approx(np.prod(others), abs=4 * 0.5 / draws**0.5)
+  assert (hits != perceptual.retrieved(images, texts, np.full(draws, rank), candidates, seed=1)).any()
+
+
+def test_equal_captions_are_not_found():
+  assert not perceptual.retrieved(np.ones((4, 3)), np.ones((5, 3)), np.arange(4), 5).any()
+
+
+def test_caption_agreement():
+  rng = np.random.default_rng(2)
+  x = images(30)
+  features = EXTRACTOR.features(x).astype(float)
+  own = rng.integers(0, 12, 30)
+  texts = rng.standard_normal((12, features.shape[1])) + np.array([features[own == c].sum(axis=0) for c in range(12)])
+  measure = perceptual.CaptionAgreement(EXTRACTOR, texts, own, 12, Options(bootstrap=30))
+  batches = [x[:7], x[7:]]
+  assert all(a is b for a, b in zip(measure.tap(batches), batches, strict=True))
+  values, intervals = measure.measured()
+  cosines = np.array([[cosine(image, text) for text in texts] for image in features])
+  assert values == {"clip_score@30/-/flat-0": pytest.approx(100 * np.mean(cosines[np.arange(30), own].clip(0))),
+                    "r_precision@30/-/flat-0": pytest.approx(np.mean(cosines.argmax(axis=1) == own))}
+  assert 0.2 < values["r_precision@30/-/flat-0"] < 1
+  for name, interval in intervals.items():
+    assert interval.low < values[name] < interval.high
+  again = perceptual.CaptionAgreement(EXTRACTOR, texts, own, 12)
+  again.add(x)
+  assert again.measured().values == pytest.approx(values) and again.measured().intervals == {}
+
+
+def test_caption_agreement_refuses():
+  texts = np.eye(48)[:5]
+  for captions, candidates, words in (([0, 5], 5, "captions lie in 0..5; expected 0..4"),
+                                      ([0.5], 5, "captions has .* expected 1 integers"),
+                                      ([0], 6, "among 6, of 5 different captions"), ([0], 1, "among 1, of 5")):
+    with pytest.raises(UsageError, match=words):
+      perceptual.CaptionAgreement(EXTRACTOR, texts, captions, candidates)
+  measure = perceptual.CaptionAgreement(EXTRACTOR, texts, [0, 1, 2], 5)
+  with pytest.raises(UsageError, match="0 images and 3 captions"):
+    measure.measured()
+  measure.add(images(4))
+  with pytest.raises(UsageError, match="4 images and 3 captions"):
+    measure.measured()
+  with pytest.raises(UsageError, match="features of image 0 are all 0"):
+    perceptual.retrieved(np.zeros((1, 3)), np.eye(3), [0], 3)
