@@ -8,6 +8,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddil_jax import files
 from ddil_jax.errors import UsageError
@@ -108,8 +109,24 @@ def convert(kind: str, sources: Sequence, out) -> dict:
                               entry.unused)
   if kind.startswith("lpips") and any((variables["params"][f"lin{i}"] < 0).any() for i in range(5)):
     raise UsageError(f"{what}: the linear heads have negative weights; those of version 0.1 have none")
-  about = {"kind": kind, "fields": fields, "sources": about}
-  files.save_arrays(out, flax.traverse_util.flatten_dict(variables, sep="/"), about)
+  return save(out, kind, fields, variables, about)
+
+
+def save(path, kind: str, fields: dict, variables: dict, sources: dict[str, str]) -> dict:
+  """Writes a network that `load` reads: a converted one, or one of these kinds that was trained here.
+
+  Args:
+    kind: one of KINDS.
+    fields: of its module, which JSON can hold.
+    variables: of the module.
+    sources: {name: sha256} of what it was made from.
+
+  Returns:
+    What the file says of itself: {"kind", "fields", "sources"}.
+  """
+  about = {"kind": kind, "fields": fields, "sources": sources}
+  arrays = flax.traverse_util.flatten_dict(variables, sep="/")
+  files.save_arrays(path, {name: np.asarray(x) for name, x in arrays.items()}, about)
   return about
 
 
