@@ -8,13 +8,14 @@ import pytest
 from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion import distance, process, solvers, weighting
 from ddil_jax.diffusion.process import add_noise, expand, velocity_from_x0
+from ddil_jax.diffusion.rollout import rollout
 from ddil_jax.errors import UsageError
 from ddil_jax.models import exact
-from ddil_jax.objectives import (cd, ctm, ect, guided, lcm, meanflow, pd, regression, scm, scott, slam, tcm, tract,
-                                 twinflow)
+from ddil_jax.objectives import (boot, cd, ctm, ect, guided, lcm, meanflow, pd, regression, scm, scott, slam, tcm,
+                                 tract, twinflow)
 from ddil_jax.objectives.base import View, bind
-from ddil_jax.states.base import States
-from tests import toys
+from ddil_jax.states.base import Context, States
+from tests import building, toys
 
 MEAN, STD = 0.1, 0.5
 TIMES = jnp.array([0.35, 0.6, 0.85])
@@ -212,6 +213,83 @@ def test_scott_full_noise_has_the_posterior_moments():
   assert float(found.std()) == pytest.approx(float(jnp.exp(0.5 * log_var).mean()), rel=0.01)
 
 
+@pytest.mark.parametrize("kind", [process.cosine, process.edm, process.flow, process.stable_diffusion])
+def test_boot_step_is_a_ddim_step_of_the_teacher(kind):
+  """From any start the new signal leads where the teacher's step leads; from pure noise Delta is the published one."""
+  p = kind()
+  t, u, v = (f * p.t_max * jnp.ones(3) for f in (0.8, 0.5, 0.3))
+  rng = np.random.default_rng(1)
+  x_t, signal, estimate = (jnp.asarray(rng.standard_normal((3,) + toys.IMAGE), jnp.float32) for _ in range(3))
+  teacher = lambda x, t, cond: jnp.tanh(x) + estimate  # noqa: E731
+  found, _ = boot.signal_target(p, teacher, x_t, signal, t, u, v, {})
+  x_u = solvers.ddim_step(p, x_t, signal, t, u)
+  expected = solvers.ddim_step(p, x_u, teacher(x_u, u, {}), u, v)
+  np.testing.assert_allclose(solvers.ddim_step(p, x_t, found, t, v), expected, rtol=1e-3, atol=1e-4)
+  if kind is process.flow:
+    noise = jnp.ones(3)
+    half = lambda s: 0.5 * p.log_snr(s)  # noqa: E731
+    np.testing.assert_allclose(boot.signal_step(p, noise, u, v), 1 - jnp.exp(half(u) - half(v)), rtol=1e-5)
+    np.testing.assert_allclose(boot.signal_step(p, noise, noise, u), 1)
+    np.testing.assert_allclose(boot.signal_step(p, noise, u, 0 * u), 1)
+
+
+def test_boot_has_no_loss_for_the_teachers_walk(setting):
+  """The signals of the teacher's DDIM walk from any of its points, and the walk's end in one step."""
+  p, teacher, _, _, _, x_t = setting
+  grid = jnp.linspace(0.9, 0, 10)
+  keys = keys_lib.per_example(jax.random.key(0), jnp.arange(3))
+  walk = rollout(solvers.ddim()(p, teacher), x_t, grid, {}, keys, path=True)
+
+  for first in (0, 4):
+    t = jnp.full(3, grid[first])
+    def signal(x, t, cond, first=first):
+      i = jnp.argmin(jnp.abs(grid - cond["end_time"][0]))
+      at = jnp.where(i > first, grid[i], 0.5 * t[0])
+      y = pd.invert_ddim(p, x, walk[i], t, jnp.full(3, at))
+      return jnp.where(i > first, y, 7.0)  # of no bearing: a path's first step is the teacher's alone
+    for i in range(first, 9):
+      u, v = jnp.full(3, grid[i]), jnp.full(3, grid[i + 1])
+      loss = boot.boot_loss(p, signal, signal, teacher, walk[first], t, u, v, {})
+      np.testing.assert_allclose(loss, 0, atol=1e-8)
+      assert float(boot.boot_loss(p, lambda x, t, cond: signal(x, t, cond) + 0.1, signal, teacher, walk[first], t, u, v,
+                                  {}).min()) > 5e-3
+    np.testing.assert_allclose(signal(walk[first], t, {"end_time": jnp.zeros(3)}), walk[-1], atol=1e-5)
+
+
+def test_boot_loss_of_the_exact_signal_is_of_second_order(setting):
+  """On Gaussian data what is left is the error of Euler's step; where the path begins nothing is left."""
+  p, teacher, _, _, _, x_t = setting
+
+  def signal(x, t, cond):
+    s = cond["end_time"]
+    safe = jnp.where(s < t, s, 0.5 * t)
+    exact_signal = pd.invert_ddim(p, x, exact.gaussian_flow(p, MEAN, STD, x, t, safe), t, safe)
+    return jnp.where(expand(s < t, x), exact_signal, teacher(x, t, {}))
+
+  left = [boot.boot_loss(p, signal, signal, teacher, x_t, TIMES, 0.6 * TIMES, 0.6 * TIMES - gap, {})
+          for gap in (0.04, 0.02)]
+  np.testing.assert_allclose(left[0] / left[1], 4, rtol=0.2)
+  assert float(left[0].max()) < 1e-2
+  np.testing.assert_allclose(boot.boundary_loss(signal, teacher, x_t, TIMES, {}), 0, atol=1e-12)
+
+
+def test_boot_of_one_step_sees_no_image():
+  """Its states are noise on every source, and its loss does not depend on the batch's images."""
+  parts = toys.toy_parts()
+  objective, teacher = boot.make(parts, num_scales=8), toys.toy_init(jax.random.key(7))
+  found = []
+  for seed in (0, 1):
+    batch = toys.toy_batch(4) | {"image": toys.toy_batch(4, seed)["image"]}
+    ctx = Context(jnp.zeros((), jnp.int32), jax.random.key(3),
+                  keys_lib.per_example(jax.random.key(3), batch["lane"]), batch, teacher, teacher, 4)
+    for source in building.sources(parts, objective).values():
+      states = source.fresh(ctx)
+      assert float(jnp.abs(states.x_t).std()) > 0.3 and np.all(states.t == parts.process.t_max)
+      view = View({}, {}, jax.tree.map(lambda v: 1.1 * v, teacher), ctx.step)
+      found.append(objective.players[0].loss(teacher, view, states, batch, ctx.keys)[0])
+  np.testing.assert_array_equal(*np.split(np.array(found), 2))
+
+
 def test_regression_labels_are_the_ends_of_the_teachers_walk(setting):
   """They go to the exact flow's end, and every student that gives them has no loss."""
   p, teacher, _, _, _, x_t = setting
@@ -266,7 +344,8 @@ def test_stage_two_gives_both_networks_the_scale():
     (ect, dict(weight="none"), "there are: c_out"), (meanflow, dict(same_share=2.0), "same_share 2.0"),
     (scm, dict(warmup_steps=0), "warmup_steps 0"), (tcm, dict(transition=1e9), "lower transition"),
     (scott, dict(eta=2.0), "eta 2.0"), (twinflow, dict(order=0), "order 0"),
-    (regression, dict(label_steps=0), "label_steps 0")])
+    (regression, dict(label_steps=0), "label_steps 0"), (boot, dict(num_steps=40), "num_steps 40"),
+    (boot, dict(boundary_weight=-1.0), "boundary_weight -1")])
 def test_mistakes_are_named(module, options, said):
   with pytest.raises(UsageError, match=said):
     module.make(toys.toy_parts(), **options)
