@@ -7,6 +7,7 @@ optimizers. Everything below it takes plain arguments.
 import dataclasses
 import functools
 import inspect
+import pathlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,15 +25,16 @@ from ddil_jax.data.dataset import Dataset
 from ddil_jax.diffusion import grids, prediction, process, solvers, transforms
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation import results
+from ddil_jax.evaluation import features, results
 from ddil_jax.interop import diffusers, extractors
 from ddil_jax.lora import LoRA
 from ddil_jax.models import adapters
 from ddil_jax.models import base as models
+from ddil_jax.models.classifier import Classifier
 from ddil_jax.models.diffusers_unet import DiffusersUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import REMAT, UNet
-from ddil_jax.objectives.base import Adapted, Objective, Parts, bind, completed, low_rank
+from ddil_jax.objectives.base import Adapted, FeatureNet, Objective, Parts, bind, completed, low_rank
 from ddil_jax.states import priors as priors_lib
 from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
 from ddil_jax.states.forward import forward
@@ -40,7 +42,7 @@ from ddil_jax.states.mixture import mixture
 from ddil_jax.states.pairs import pairs
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source, states_per_rollout
-from ddil_jax.training import compiling, optim
+from ddil_jax.training import compiling, optim, parallel
 from ddil_jax.types import Array, Cond, Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -250,7 +252,8 @@ def make_parts(config: ConfigDict, dataset: Dataset) -> tuple[Parts, Callable | 
       guidance_scale=config.teacher.guidance_scale,
       num_classes=num_classes, image_shape=shape,
       reflect_teacher=reflect("teacher"), reflect_target=reflect("target"),
-      reflect_sampler=reflect("sampler"), adapt=adapt), teacher_net.init if has_teacher else None
+      reflect_sampler=reflect("sampler"), adapt=adapt,
+      feature_net=functools.partial(feature_net, config, dataset)), teacher_net.init if has_teacher else None
 
 
 def make_network(model: dict, image_shape, num_classes: int, prediction_) -> models.Network:
@@ -328,6 +331,49 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
   teacher = module.clone(style=style)
   student = teacher.clone(guidance_embedding=config.model.guidance_embedding or module.guidance_embedding)
   return _with_shape(student, image_shape, example), _with_shape(teacher, image_shape, example)
+
+
+def feature_net(config: ConfigDict, dataset: Dataset, name: str) -> FeatureNet:
+  """A network whose layers are features of the data's images, for methods that compare images by them.
+
+  Args:
+    name: NAME:FILE of published weights, as in config.eval.extractor; "" is a small classifier of the data set, another
+      one than that which measures.
+
+  Raises:
+    UsageError: weights that are absent or damaged, or data of latents, which they do not know.
+  """
+  if name:
+    if dataset.decoder:
+      raise UsageError(f"{name} reads images, and the data set {dataset.name} holds latents")
+    _, module, variables = extractors.from_config(name, False)
+    load = lambda: variables["params"]  # noqa: E731
+  else:
+    module = Classifier(num_classes=dataset.num_classes)
+    load = lambda: load_classifier(config, dataset, seed=1).variables["params"]  # noqa: E731
+  image = jnp.zeros((1, *dataset.image_shape))
+  return FeatureNet(lambda key: module.init(key, image)["params"], load,
+                    functools.partial(models.layers_of, module))
+
+
+def cache_dir(config: ConfigDict) -> pathlib.Path:
+  """Where classifiers and features of data sets are kept: beside the data."""
+  return pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
+
+
+def load_classifier(config: ConfigDict, dataset: Dataset, seed: int = 0) -> features.Extractor:
+  """The small classifier of a data set, trained once for each seed and kept.
+
+  Raises:
+    UsageError: data of latents, which it does not know.
+  """
+  if dataset.decoder:
+    raise UsageError(f"the small classifier knows no latents, which the data set {dataset.name} holds; a network that"
+                     " measures decoded images is given as config.eval.extractor, such as clip:FILE")
+  options = {"steps": 10} if config.data.name == "fake" else {}
+  return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
+                                   dataset.num_classes, cache_dir(config), f"{dataset.name}-cnn", seed,
+                                   devices=parallel.spread(config.train.parallel), **options)
 
 
 def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:

@@ -12,14 +12,12 @@ from ml_collections import ConfigDict
 from ddil_jax import build as build_lib
 from ddil_jax import samplers
 from ddil_jax import shift as shift_lib
-from ddil_jax.data import pipeline
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import features, grids, perceptual, results, sampling
 from ddil_jax.evaluation.image_sets import ImageSet, InMemory
 from ddil_jax.interop import diffusers, extractors
 from ddil_jax.models.autoencoder_kl import AutoencoderKL
-from ddil_jax.models.classifier import Classifier
 from ddil_jax.training import parallel
 
 
@@ -113,7 +111,7 @@ def measure_images(config, batches, num: int, labels, reference: ImageSet, name:
   options = build_lib.evaluation_options(config)
   diversity = perceptual.LpipsDiversity(networks.lpips, labels, options)
   measured = results.evaluate(batches if networks.lpips is None else diversity.tap(batches), labels, reference, name,
-                              networks.extractor, metrics, cache_dir(config), options, networks.judge)
+                              networks.extractor, metrics, build_lib.cache_dir(config), options, networks.judge)
   if networks.lpips is None:
     return measured
   of_lpips = str(results.MetricName("lpips_diversity", num, extractor=networks.lpips.name))
@@ -177,11 +175,6 @@ def pixel_shape(dataset: Dataset) -> tuple[int, int, int]:
   return height * scale, width * scale, module.channels
 
 
-def cache_dir(config) -> pathlib.Path:
-  """Where extractors and reference features are kept: beside the data."""
-  return pathlib.Path(config.data.data_dir or pipeline.default_data_dir()) / "extractors"
-
-
 class Networks(NamedTuple):
   """What images are measured with.
 
@@ -200,7 +193,7 @@ class Networks(NamedTuple):
 def load_networks(config, image_shape, metrics, dataset) -> Networks:
   """The networks that the config names; the small classifier is that of the data set."""
   published, lpips = (load_published(config, field, image_shape) for field in ("extractor", "lpips"))
-  classifier = load_classifier(config, dataset) if published is None or "class_accuracy" in metrics else None
+  classifier = build_lib.load_classifier(config, dataset) if published is None or "class_accuracy" in metrics else None
   return Networks(published or classifier, classifier if published else None, lpips, published is None)
 
 
@@ -221,15 +214,3 @@ def _published(text, quantise, image_shape, mode):
   name, module, variables = extractors.from_config(text, quantise)
   # Inception's maps of 299x299 images take 30 MiB an image.
   return features.make_extractor(module, variables, image_shape, name, parallel.spread(mode), batch_size=16)
-
-
-def load_classifier(config, dataset) -> features.Extractor:
-  """The small classifier of a data set, trained once and kept beside the data."""
-  if dataset.decoder:
-    raise UsageError(f"the small classifier knows no latents, which the data set {dataset.name} holds: give a network"
-                     " as config.eval.extractor, such as clip:FILE")
-  cache = cache_dir(config)
-  options = {"steps": 10} if config.data.name == "fake" else {}
-  return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
-                                   dataset.num_classes, cache, f"{dataset.name}-cnn",
-                                   devices=parallel.spread(config.train.parallel), **options)

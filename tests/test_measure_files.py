@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddil_jax import build, measure, measure_files
 from ddil_jax import config as config_lib
-from ddil_jax import measure, measure_files
 from ddil_jax.data import image_files, pipeline
 from ddil_jax.evaluation import results
 from ddil_jax.main import main
@@ -51,7 +51,7 @@ def test_files_are_measured_as_arrays_are(samples, capsys):
   result = evaluate(f"--images={root / 'z.npz'}", *FAKE, f"--metrics={names}", "--bootstrap=10")
   config = config_lib.defaults({"data.name": "fake", "data.image_size": "8"})
   train = pipeline.load("fake", image_size=8)
-  extractor = measure.load_classifier(config, train)
+  extractor = build.load_classifier(config, train)
   expected = results.evaluate((pixels / 127.5 - 1).astype(np.float32), labels, train.images, "train", extractor,
                               options=results.Options(bootstrap=10))
   assert set(result["metrics"]) == set(expected.values)
@@ -84,7 +84,7 @@ def test_a_reference_in_files_trains_its_classifier_and_is_cached(samples, tmp_p
   name = first["reference"]
   assert name.startswith("ref_set-") and first["extractor"].startswith("ref_set-cnn-")
   assert f"fd@{len(pixels) // 2}/{name}/{first['extractor']}" in first["metrics"]
-  cached = [p.name for p in measure.cache_dir(config_lib.defaults()).glob(f"{first['extractor']}-on-*")]
+  cached = [p.name for p in build.cache_dir(config_lib.defaults()).glob(f"{first['extractor']}-on-*")]
   assert len(cached) == 1
   results._memory.clear()
   monkeypatch.setattr(measure.features, "_fit", None)  # training again would fail
@@ -117,7 +117,7 @@ def test_images_are_not_held_in_memory(samples, tmp_path):
   num = 65_536
   np.save(tmp_path / "many.npy", np.resize(samples[0], (num, 8, 8, 1)))
   given, train = image_files.open_images(tmp_path / "many.npy"), pipeline.load("fake", image_size=8)
-  extractor = measure.load_classifier(config_lib.defaults({"data.name": "fake", "data.image_size": "8"}), train)
+  extractor = build.load_classifier(config_lib.defaults({"data.name": "fake", "data.image_size": "8"}), train)
   arguments = ("train", extractor, ("fd", "saturation"))
   results.evaluate(train.images, None, train.images, *arguments)  # compiles
   tracemalloc.start()

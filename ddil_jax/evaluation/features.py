@@ -27,11 +27,13 @@ class Extractor(NamedTuple):
     name: says what it is, ending in a hash of its parameters and preprocessing.
     num_classes: K; 0 for a network without classes.
     outputs: images -> (logits [N,K], features [N,D]), float32.
+    variables: {"params": ...} of the network, for those who need more of it than its outputs.
   """
 
   name: str
   num_classes: int
   outputs: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+  variables: dict | None = None
 
   def features(self, images) -> np.ndarray:
     return self.outputs(images)[1]
@@ -68,7 +70,7 @@ def make_extractor(module, variables, image_shape, name: str, devices: Devices =
   def outputs(images):
     return in_batches(lambda x: apply(placed, x), checks.images(images, "images", image_shape), devices, batch_size)
 
-  return Extractor(f"{name}-{files.digest(leaves, about)[:8]}", num_classes, outputs)
+  return Extractor(f"{name}-{files.digest(leaves, about)[:8]}", num_classes, outputs, variables)
 
 
 def in_batches(apply: Callable, images: np.ndarray, devices: Devices = ONE_DEVICE, batch_size: int = _BATCH):

@@ -3,11 +3,14 @@
 import functools
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ddil_jax.errors import UsageError
+from ddil_jax.registry import unknown
 from ddil_jax.types import Array, Cond, NetFn, Params
 
 
@@ -43,6 +46,34 @@ def as_net_fn(module: nn.Module) -> Network:
   # random draws of every layer takes far longer (2 s against 10 to 17 s for the smallest UNet).
   unoptimised = jax.jit(module.init, compiler_options={"xla_backend_optimization_level": 0})
   return Network(init, jax.jit(apply, static_argnames="features"))
+
+
+def layers_of(module: nn.Module, params: Params, images: Array, names: tuple[str, ...]) -> dict[str, Array]:
+  """What layers of a Linen module `images -> anything` give, by the names of its submodules.
+
+  Args:
+    images: [B,H,W,C] as the module reads them.
+    names: "conv_1", or "block.conv_1" of a submodule's own.
+
+  Returns:
+    {name: [B,h,w,c]}; a vector is a map of one pixel.
+
+  Raises:
+    UsageError: a name that no layer has, or a layer that gives no map or vector.
+  """
+  wanted = lambda layer, method: method == "__call__" and ".".join(layer.path) in names  # noqa: E731
+  _, kept = module.apply({"params": params}, images, capture_intermediates=wanted, mutable="intermediates")
+  kept = flax.traverse_util.flatten_dict(kept["intermediates"], sep=".") if kept else {}
+  found = {}
+  for name in names:
+    if f"{name}.__call__" not in kept:
+      layers = dict.fromkeys(path.rpartition("/")[0].replace("/", ".") for path in by_path(params))
+      raise UsageError(unknown(f"layer of {type(module).__name__}", name, layers))
+    output = kept[f"{name}.__call__"][0]
+    if not isinstance(output, jax.Array) or output.ndim not in (2, 4):
+      raise UsageError(f"layer '{name}' of {type(module).__name__} gives no map [B,h,w,c] and no vector [B,c]")
+    found[name] = output if output.ndim == 4 else output[:, None, None]
+  return found
 
 
 def count_params(params: Params) -> int:

@@ -39,6 +39,19 @@ class Adapted(NamedTuple):
   learns: Callable[[str], bool]
 
 
+class FeatureNet(NamedTuple):
+  """A network that reads images and whose layers are features of them.
+
+  Attributes:
+    init: key -> params at random.
+    load: () -> its trained params; reads files, so not inside a traced function.
+    layers: (params, images [B,H,W,C] in [-1, 1], names) -> {name: [B,h,w,c]}.
+  """
+  init: Callable[[Array], Params]
+  load: Callable[[], Params]
+  layers: Callable[[Params, Array, tuple[str, ...]], dict[str, Array]]
+
+
 class Parts(NamedTuple):
   """The networks and maths that `build` hands to every objective.
 
@@ -54,6 +67,7 @@ class Parts(NamedTuple):
     num_classes: 0 for unconditional data; else the null label.
     reflect_teacher, reflect_target, reflect_sampler: the transforms at the three places.
     adapt: hidden width -> Adapted; None where the teacher's network takes no adapters.
+    feature_net: name -> FeatureNet; "" is the data set's own classifier.
   """
   process: Process
   make_grid: Callable[[int], np.ndarray]
@@ -74,6 +88,7 @@ class Parts(NamedTuple):
   reflect_target: Transform
   reflect_sampler: Transform
   adapt: Callable[[int], Adapted] | None = None
+  feature_net: Callable[[str], FeatureNet] | None = None
 
 
 class View(NamedTuple):

@@ -1,10 +1,13 @@
 """Parameter dicts: counting, comparing, and starting a student from a teacher."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from ddil_jax.models.base import count_params, describe_mismatch, init_from
+from ddil_jax.errors import UsageError
+from ddil_jax.models.base import count_params, describe_mismatch, init_from, layers_of
 
 TEACHER = {"conv": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "old": jnp.ones(4)}
 STUDENT = {"conv": {"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(5)},
@@ -42,3 +45,27 @@ def test_init_from_shares_no_buffer():
     leaf.delete()  # what donation does
   for leaf in jax.tree.leaves((teacher, student)):
     assert np.all(np.isfinite(leaf))
+
+
+def test_layers_of_a_module():
+  """What its submodules gave on the way, those within others too; vectors as maps of one pixel."""
+  class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Conv(3, (1, 1), name="first")(x)
+      return nn.Dense(2, name="second")(x.reshape(len(x), -1))
+
+  class Outer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return Pair(name="pair")(2 * x)
+
+  x, module = jnp.ones((4, 2, 2, 1)), Outer()
+  params = module.init(jax.random.key(0), x)["params"]
+  found = layers_of(module, params, x, ("pair.second", "pair.first"))
+  first = params["pair"]["first"]
+  expected = 2 * x @ first["kernel"][0, 0] + first["bias"][None, None, None]
+  np.testing.assert_allclose(found["pair.first"], expected, rtol=1e-6)
+  np.testing.assert_allclose(found["pair.second"], module.apply({"params": params}, x)[:, None, None], rtol=1e-6)
+  with pytest.raises(UsageError, match="layer of Outer 'pair.third'; .*pair.first, pair.second"):
+    layers_of(module, params, x, ("pair.third",))
