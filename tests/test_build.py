@@ -178,3 +178,21 @@ def test_the_teacher_takes_some_of_the_steps():
   for acts, message in (((4,), "0 to 3"), ((-1,), "0 to 3")):
     with pytest.raises(UsageError, match=message):
       sample(acts)
+
+
+def test_the_feature_network_of_a_data_set():
+  """A classifier like that which measures, and not the same one; its layers by name, and an unknown one named."""
+  config = load("digits_add.py:smoke")
+  built = build_lib.build(config)
+  images, net = built.dataset.images[:5], built.parts.feature_net("")
+  measuring, other = (build_lib.load_classifier(config, built.dataset, seed) for seed in (0, 1))
+  found = net.layers(net.load(), images, ("norm_0", "features"))
+  assert found["norm_0"].shape == (5, 8, 8, 16)
+  np.testing.assert_allclose(found["features"][:, 0, 0], other.features(images), rtol=1e-4, atol=1e-5)
+  assert np.abs(found["features"][:, 0, 0] - measuring.features(images)).max() > 0.01
+  fresh = net.layers(net.init(jax.random.key(0)), images, ("features",))["features"]
+  assert np.abs(found["features"] - fresh).max() > 0.01
+  with pytest.raises(UsageError, match="layer of Classifier 'norm_7'; .*there are: conv_0, conv_1, features"):
+    build_lib.build(load("digits_add.py:smoke", objective__layers=("norm_7",)))
+  with pytest.raises(UsageError, match="no file"):
+    build_lib.build(load("digits_add.py:smoke", objective__feature_net="inception:nowhere.safetensors"))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddil_jax.diffusion import grids, prediction, process, transforms
-from ddil_jax.objectives.base import Adapted, Parts
+from ddil_jax.objectives.base import Adapted, FeatureNet, Parts
 
 NUM_CLASSES = 3
 IMAGE = (4, 4, 2)
@@ -42,6 +42,18 @@ def toy_net(params, x, t, cond, keys=None, features=()):
 def toy_head(params, feature):
   """Pixel mean, then linear: logits [B]."""
   return feature.mean((1, 2)) @ params["w"]
+
+
+def feature_net(name=""):
+  """A network of one layer, called as one likes: tanh of a linear map of each pixel, and its square."""
+  del name
+
+  def layers(params, images, names):
+    hidden = jnp.tanh(images @ params["W"])
+    return {each: jnp.concatenate([hidden, hidden**2], -1) for each in names}
+
+  init = lambda key: {"W": jax.random.normal(key, (IMAGE[-1], 4))}  # noqa: E731
+  return FeatureNet(init, lambda: jax.device_get(init(jax.random.key(5))), layers)
 
 
 def null(cond):
@@ -80,7 +92,7 @@ def toy_parts(process_=None, grid="uniform", reflect=None, guidance_scale=1.0, t
       cond={"label": jax.ShapeDtypeStruct((1,), jnp.int32)}, guidance_scale=guidance_scale,
       num_classes=NUM_CLASSES, image_shape=IMAGE,
       reflect_teacher=reflect, reflect_target=reflect, reflect_sampler=reflect,
-      adapt=adapted(process_))
+      adapt=adapted(process_), feature_net=feature_net)
 
 
 def toy_batch(size=8, seed=0):

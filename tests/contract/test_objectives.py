@@ -18,7 +18,8 @@ from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import building, toys
 
 # Small settings of each method; a new method in the folder is tested with its defaults.
-OPTIONS = {"agd": dict(hidden=8, num_scales=8, sampler_steps=4), "boot": dict(num_steps=2, num_scales=8),
+OPTIONS = {"add": dict(num_steps=2), "agd": dict(hidden=8, num_scales=8, sampler_steps=4),
+           "boot": dict(num_steps=2, num_scales=8),
            "lcm": dict(num_scales=16, guidance_range=(1.0, 4.0)), "cd": dict(num_scales=9, target_decay=0.9),
            "tract": dict(num_steps=2, block_size=4), "slam": dict(num_scales=16), "rf": dict(num_scales=8),
            "guided": dict(num_scales=8, sampler_steps=4), "ctm": dict(num_scales=9, max_teacher_steps=2),

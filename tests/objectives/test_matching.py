@@ -12,7 +12,7 @@ from ddil_jax.diffusion import process, solvers, weighting
 from ddil_jax.diffusion.rollout import finish, rollout
 from ddil_jax.errors import UsageError
 from ddil_jax.models import exact
-from ddil_jax.objectives import diff_instruct, dmd, dmd2, f_distill, gdd, ladd, moment_matching, sid, ufogen, vsd
+from ddil_jax.objectives import add, diff_instruct, dmd, dmd2, f_distill, gdd, ladd, moment_matching, sid, ufogen, vsd
 from ddil_jax.objectives.base import View, bind
 from ddil_jax.states.base import SOURCES, States
 from ddil_jax.states.replay import on_policy
@@ -159,6 +159,54 @@ def test_discriminators_that_cannot_tell():
   np.testing.assert_array_equal(ladd.approximate_r1(zero + 1, zero + 1), 0)
 
 
+def test_add_with_heads_that_say_nothing():
+  """Each of two heads adds 2 to the discriminator and nothing to the student, whose rest is the distillation."""
+  parts, teacher, batch = toys.toy_parts(), toys.toy_init(jax.random.key(7)), toys.toy_batch(4)
+  objective = add.make(parts, num_steps=2, layers=("a", "b"), distill_weight=3.0, r1_gamma=0.5)
+  keys = keys_lib.per_example(jax.random.key(0), batch["lane"])
+  states = States(jnp.ones_like(batch["image"]), jnp.ones(4), jnp.zeros(4, jnp.int32), {"label": batch["label"]},
+                  jnp.zeros(4, jnp.int32), batch["image"])
+  params = objective.init(jax.random.key(1), teacher)
+  view = View(params | {"critic": params["critic"] | {"heads": jax.tree.map(jnp.zeros_like, params["critic"]["heads"])}},
+              {}, teacher, jnp.zeros((), jnp.int32))
+  student, critic = (player.loss(view.params[player.name], view, states, batch, keys) for player in objective.players)
+  np.testing.assert_array_equal(critic[0], 4)
+  np.testing.assert_array_equal(critic[1]["r1"], 0)
+  np.testing.assert_allclose(student[0], 3 * student[1]["distill"])
+  # A linear head on the mean over pixels has the derivative w / pixels at each of them.
+  loss, found = objective.players[1].loss(params["critic"], view, states, batch, keys)
+  square = sum(jnp.sum(head["w"] ** 2) for head in params["critic"]["heads"].values())
+  np.testing.assert_allclose(found["r1"], square / (toys.IMAGE[0] * toys.IMAGE[1]), rtol=1e-5)
+  np.testing.assert_allclose(loss, found["gan"] + 0.25 * found["r1"], rtol=1e-6)
+
+
+def test_add_distils_to_the_mode():
+  """On N(m, c^2) the gradient, averaged over the noise, is 2 alpha (x - m) sigma^2 / (alpha^2 c^2 + sigma^2) / numel."""
+  p = process.flow()
+  teacher = exact.gaussian(p, MEAN, STD)
+  x = jnp.linspace(-1, 1, 6).reshape(2, 3, 1, 1)
+  t, noise = jnp.array([0.3, 0.7]), jnp.asarray(np.random.default_rng(0).standard_normal(x.shape), jnp.float32)
+
+  def loss(x):  # the teacher is linear, so two opposite draws are the average
+    return sum(add.distillation_loss(p, bind(teacher, teacher.params), x, t, sign * noise, {}) for sign in (1, -1)) / 2
+
+  alpha, sigma = ((f(t)).reshape(2, 1, 1, 1) for f in (p.alpha, p.sigma))
+  expected = 2 * alpha * (x - MEAN) * sigma**2 / (alpha**2 * STD**2 + sigma**2) / 3
+  np.testing.assert_allclose(jax.grad(lambda x: loss(x).sum())(x), expected, atol=1e-6)
+
+
+def test_add_keeps_its_feature_network():
+  """Its heads learn; the network, which is stored with them, does not, and neither does a weight decay move it."""
+  parts, teacher = toys.toy_parts(), toys.toy_init(jax.random.key(7))
+  objective = add.make(parts, num_steps=2)
+  state, _ = building.run(objective, on_policy(building.sources(parts, objective)["forward"]), teacher,
+                          optimizer=optax.adamw(1e-2, weight_decay=0.1))
+  start = objective.init(jax.random.key(0), teacher)["critic"]
+  found = state.params["critic"]
+  np.testing.assert_array_equal(found["net"]["W"], start["net"]["W"])
+  assert all(np.abs(found["heads"][name]["w"] - start["heads"][name]["w"]).max() > 1e-3 for name in start["heads"])
+
+
 def test_ufogen_waits_beyond_the_clamp():
   """A discriminator that is right by more than c, and a generator that fools it by more, have no gradient."""
   right, wrong = jnp.full((1,), 0.7), jnp.full((1,), -0.7)
@@ -218,7 +266,9 @@ def test_finish_is_the_rest_of_the_rollout(solver):
     ("vsd", dict(random_guidance=(3.0, 1.0)), "random_guidance"),
     ("moment_matching", dict(kind="euler"), "kind 'euler'"),
     ("ufogen", dict(num_scales=9, num_steps=2), "multiple"), ("gdd", dict(kind="wgan"), "kind 'wgan'"),
-    ("gdd", dict(frozen="("), "regular expression"), ("gdd", dict(features=()), "at least one feature")])
+    ("gdd", dict(frozen="("), "regular expression"), ("gdd", dict(features=()), "at least one feature"),
+    ("add", dict(layers=()), "at least one layer"), ("add", dict(times=(0.5, 0.5)), "times"),
+    ("add", dict(distill_weight=-1.0), "distill_weight -1")])
 def test_wrong_options_are_named(name, options, message):
   with pytest.raises(UsageError, match=f"{name}: .*{message}".replace("(", "\\(")):
     registry.load("objectives", name).make(toys.toy_parts(), **options)
