@@ -34,6 +34,7 @@ from ddil_jax.models.classifier import Classifier
 from ddil_jax.models.diffusers_unet import DiffusersUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import REMAT, UNet
+from ddil_jax.objectives import base as objectives
 from ddil_jax.objectives.base import Adapted, FeatureNet, Objective, Parts, bind, completed, low_rank
 from ddil_jax.states import priors as priors_lib
 from ddil_jax.states.base import SOURCES, WITH_X0, Context, StateDistribution
@@ -401,13 +402,8 @@ def make_reflection(config: ConfigDict, dataset: Dataset) -> Callable[[str], tra
 
 def make_objective(config: ConfigDict, parts: Parts) -> Objective:
   """The method by name, with the other fields of config.objective as its options."""
-  make = registry.load("objectives", config.objective.name).make
   options = {k: v for k, v in dict(config.objective).items() if k != "name"}
-  known = list(inspect.signature(make).parameters)[1:]
-  for field in options:
-    if field not in known:
-      raise UsageError(registry.unknown(f"option of objective {config.objective.name}:", field, known))
-  objective = make(parts, **options)
+  objective = objectives.make_objective(config.objective.name, parts, options)
   trained = len(objective.grid) - 1
   if len(objective.sampler_grid) - 1 > trained and not objective.needs_x0:
     raise UsageError(f"config.objective.sampler_steps={options['sampler_steps']}: this student is trained at {trained}"

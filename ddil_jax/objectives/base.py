@@ -7,6 +7,7 @@ independent of it: any objective takes its states from any mixture, except that 
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from ddil_jax import keys as keys_lib
 from ddil_jax import lora as lora_lib
+from ddil_jax import registry
 from ddil_jax.diffusion.process import Process
 from ddil_jax.diffusion.solvers import Solver, renoise
 from ddil_jax.diffusion.transforms import Transform
@@ -159,6 +161,29 @@ class Objective(NamedTuple):
   own_source: str = "forward"
   diagnose: Callable[[View, States, Context], Metrics] | None = None
   complete: Callable[[Params, Params], Params] | None = None
+
+
+def make_objective(name: str, parts: Parts, options: Mapping[str, Any]) -> Objective:
+  """A method by the name of its file, with its options.
+
+  Raises:
+    UsageError: no such file or option.
+  """
+  known = _options_of(name, options)
+  for option in options:
+    if option not in known:
+      raise UsageError(registry.unknown(f"option of objective {name}:", option, known))
+  return registry.load("objectives", name).make(parts, **options)
+
+
+def _options_of(name: str, given: Mapping[str, Any]) -> list[str]:
+  """Names of a method's options; one that takes any has those of its `base` too."""
+  taken = list(inspect.signature(registry.load("objectives", name).make).parameters.values())[1:]
+  names = [option.name for option in taken if option.kind != option.VAR_KEYWORD]
+  if len(names) == len(taken):
+    return names
+  default = next(option.default for option in taken if option.name == "base")
+  return names + _options_of(given.get("base", default), {})
 
 
 def bind(denoiser: Denoiser, params: Params, keys: Array | None = None) -> DenoiseFn:
