@@ -93,17 +93,25 @@ class Parts(NamedTuple):
   feature_net: Callable[[str], FeatureNet] | None = None
 
 
+def of_others(values: Array, mean: Array, count: int) -> Array:
+  """For each of `count` values, of which [B, ...] are given and `mean` [...] is the mean, the mean of all others."""
+  return mean[None] + (mean[None] - values) / max(count - 1, 1)
+
+
 class View(NamedTuple):
   """What a loss sees besides the parameters that it trains: everything as of the start of the step.
 
-  `mean` averages values [B, ...] over the batch on all devices (of one pass where gradients are accumulated);
-  carry no gradient through it.
+  `mean` averages values [B, ...] over the batch on all devices (of one pass where gradients are accumulated), and
+  `others` gives each example [B, ...] the mean without its own; carry no gradient through them. `key` is the
+  step's, the same on every device, for what a batch has in common.
   """
   params: Mapping[str, Params]
   ema: Mapping[str, Params]
   teacher: Params
   step: Array
   mean: Callable[[Array], Array] = functools.partial(jnp.mean, axis=0)
+  others: Callable[[Array], Array] = lambda values: of_others(values, values.mean(axis=0), len(values))
+  key: Array | None = None
 
 
 class Player(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ddil_jax import keys as keys_lib
-from ddil_jax.objectives.base import Objective, Player, View
+from ddil_jax.objectives.base import Objective, Player, View, of_others
 from ddil_jax.states.base import SOURCES, Context, StateDistribution, States
 from ddil_jax.types import Array, Params
 
@@ -139,8 +139,10 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
     states, dist = distribution.sample(state.dist, ctx)
     states = jax.lax.stop_gradient(states)
 
+    mean = lambda values: layout.mean(values.mean(axis=0))  # noqa: E731
+    others = lambda values: of_others(values, mean(values), batch_size // layout.passes)  # noqa: E731
     view = View(*({name: layout.whole(tree) for name, tree in trees.items()} for trees in (state.params, state.ema)),
-                teacher, state.step, lambda values: layout.mean(values.mean(axis=0)))
+                teacher, state.step, mean, others, ctx.key)
     params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
     all_finite = jnp.array(True)
     for player in objective.players:

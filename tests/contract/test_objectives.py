@@ -109,7 +109,8 @@ def graded(name):
 
   @functools.partial(jax.jit, static_argnums=0)
   def grade(player, params, teacher, states, batch, keys):
-    view = View(params, {name: params["student"] for name in objective.targets}, teacher, jnp.zeros((), jnp.int32))
+    view = View(params, {name: params["student"] for name in objective.targets}, teacher, jnp.zeros((), jnp.int32),
+                key=jax.random.key(5))
     loss_of = next(p.loss for p in objective.players if p.name == player)
 
     def total(own, x_t, teacher):

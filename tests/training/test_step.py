@@ -7,7 +7,7 @@ import pytest
 
 from ddil_jax.objectives import dmd2, pd
 from ddil_jax.training import optim
-from ddil_jax.training.parallel import make_runner
+from ddil_jax.training.parallel import Options, make_runner
 from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import building, toys
 
@@ -124,3 +124,33 @@ def test_parameters_that_do_not_learn_keep_their_values():
   moved = {name: bool((after.params["student"][name] != before.params["student"][name]).any())
            for name in before.params["student"]}
   assert moved == {name: name == "W1" for name in moved}
+
+
+@pytest.mark.parametrize("mode, microbatch, count", [("single", 0, 8), ("single", 4, 4), ("mesh", 0, 8), ("pmap", 0, 8)])
+def test_what_a_batch_has_in_common(mode, microbatch, count):
+  """The mean of the others over all devices, or of one pass; a key that is the step's, wherever it is asked for."""
+  parts = toys.toy_parts()
+  objective = pd.make(parts)
+
+  def loss(params, view, states, batch, keys):
+    value, _ = objective.players[0].loss(params, view, states, batch, keys)
+    own = batch["lane"].astype(value.dtype) ** 2
+    coin = jax.random.uniform(view.key)
+    return value, {"others": view.others(own) ** 2, "coin": coin + 0 * value, "square": coin**2 + 0 * value}
+
+  changed = objective._replace(players=(objective.players[0]._replace(loss=loss),))
+  states = building.on_policy(building.sources(parts, objective)["forward"])
+  optimizers, teacher = {"student": optax.sgd(1e-2)}, toys.toy_init(jax.random.key(7))
+  runner = make_runner(mode, lambda layout: make_train_step(changed, states, optimizers, {}, 8, layout=layout), 8,
+                       options=Options(microbatch=microbatch))
+  state = runner.place(init_state(changed, states, optimizers, {}, jax.random.key(0), teacher, toys.toy_batch(8)))
+  frozen, coins = runner.place_frozen({"teacher": teacher}), []
+  for step in range(2):
+    state, found = runner.step(state, frozen, runner.place_batch(toys.toy_batch(8, step)), jax.random.key(1),
+                               ("student",))
+    assert float(found["student/square"].total) / 8 == pytest.approx((float(found["student/coin"].total) / 8) ** 2)
+    coins.append(float(found["student/coin"].total))
+  groups = (np.arange(8.0) ** 2).reshape(-1, count)
+  expected = [np.delete(group, i).mean() ** 2 for group in groups for i in range(count)]
+  assert float(found["student/others"].total) == pytest.approx(np.sum(expected), rel=1e-5)
+  assert coins[0] != coins[1]
