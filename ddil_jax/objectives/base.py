@@ -19,6 +19,7 @@ from ddil_jax import keys as keys_lib
 from ddil_jax import lora as lora_lib
 from ddil_jax import registry
 from ddil_jax.diffusion.process import Process
+from ddil_jax.diffusion.rollout import finish
 from ddil_jax.diffusion.solvers import Solver, renoise
 from ddil_jax.diffusion.transforms import Transform
 from ddil_jax.errors import UsageError
@@ -301,6 +302,23 @@ def draw_noise(keys: Array, name: str, like: Array) -> Array:
 def generate(parts: Parts, params: Params, states: States, keys: Array) -> Array:
   """The student's image [B,H,W,C] from training states, in one call."""
   return parts.student(params, states.x_t, states.t, states.cond, keys_lib.named(keys, "dropout"))
+
+
+IMAGES = ("walk", "jump")
+
+
+def student_image(parts: Parts, objective: Objective, params: Params, view: View, states: States, keys: Array,
+                  how: str = "walk") -> Array:
+  """The image [B,H,W,C] to which the student's sampler leads from training states; gradients go through all of it.
+
+  Args:
+    how: an entry of IMAGES: "walk" takes the steps of the sampler that are left, with which every method ends at an
+      image; "jump" one step to the end, for students that give an image at every time: that re-noise it, or jump.
+  """
+  own = completed(objective, params, stop(view.teacher))
+  policy = objective.solver(parts.process, bind(objective.student, own, keys_lib.named(keys, "dropout")))
+  grid = objective.sampler_grid if how == "walk" else objective.sampler_grid[[0, -1]]
+  return finish(policy, states.x_t, states.t, grid, states.cond, keys_lib.named(keys, "finish"))
 
 
 def init_head(parts: Parts, denoiser: Denoiser, key: Array, params: Params, feature: str) -> Params:
