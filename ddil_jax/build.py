@@ -496,13 +496,13 @@ def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> State
 
 
 def make_optimizers(config: ConfigDict, objective: Objective) -> dict[str, Any]:
-  """One optimizer a player; the critic may have its own learning rate."""
+  """One optimizer a player; those who follow the student may have a learning rate of their own."""
   o = config.optimizer
   ours = ("name", "learning_rate", "schedule", "warmup_steps", "start", "end", "clip", "critic_learning_rate")
   options = {k: v for k, v in dict(o).items() if k not in ours}  # of the optimizer itself, such as b1
 
   def optimizer(player):
-    peak = o.critic_learning_rate if player.name == "critic" and o.critic_learning_rate else o.learning_rate
+    peak = o.critic_learning_rate if player.name != "student" and o.critic_learning_rate else o.learning_rate
     updates = -(-config.train.steps // player.period)
     rate = optim.learning_rate(peak, o.schedule, updates, o.warmup_steps, o.end, o.get("start", 0.0))
     return optim.make(o.name, rate, o.clip, **options)

@@ -3,8 +3,7 @@
 Generated x = G(x_t, t). With phi_k layers of a network that knows images, h_k a head on each of them:
 
     L      = - sum_k h_k(phi_k(x)) + distill_weight L_distill
-    L_D    = sum_k max(0, 1 + h_k(phi_k(x))) + max(0, 1 - h_k(phi_k(real)))
-             + gamma / 2 sum_k |d h_k / d phi_k(real)|^2
+    L_D    = sum_k [max(0, 1 + h_k(phi_k(x))) + max(0, 1 - h_k(phi_k(real))) + gamma / 2 |d h_k / d phi_k(real)|^2]
     L_distill = alpha(tau) mean_pixels (x - sg D(alpha sg x + sigma eps, tau))^2
 
 The discriminator reads clean images and learns its heads only; D is the guided teacher at a fresh time and noise. The
@@ -21,6 +20,9 @@ readings: the penalty at the heads' inputs with the factor 1/2, the mean over pi
 that are told text and an image, the paper's other two weights of L_distill (score distillation), DINOv2.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -31,7 +33,58 @@ from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import (Objective, Parts, Player, draw_noise, draw_times, generate, generator,
                                       guided_teacher, stop)
 from ddil_jax.objectives.gdd import adversarial_loss, fake_loss, r1_penalty, real_loss
-from ddil_jax.types import Array, Cond, DenoiseFn
+from ddil_jax.states.base import cond_of
+from ddil_jax.types import Array, Cond, DenoiseFn, Params
+
+
+class Discriminator(NamedTuple):
+  """Heads on layers of a network that is not trained.
+
+  Attributes:
+    init: (key, teacher params) -> params.
+    maps: (params, view, x [B,H,W,C], cond, keys [B]) -> [(params of a head, the map that it reads [B,h,w,c])].
+    learns: whether an entry of its params, by path, is trained.
+  """
+  init: Callable[[Array, Params], Params]
+  maps: Callable[..., list[tuple[Params, Array]]]
+  learns: Callable[[str], bool]
+
+
+def on_images(parts: Parts, name: str, layers: tuple[str, ...]) -> Discriminator:
+  """Heads on layers of `parts.feature_net(name)`, which reads clean images and is kept among the parameters.
+
+  Raises:
+    UsageError: an unknown layer, weights that cannot be read.
+  """
+  net = parts.feature_net(name)
+  trained = net.load()
+  shapes = jax.eval_shape(lambda: net.layers(trained, jnp.zeros((1,) + parts.image_shape), layers))
+
+  def init(key, teacher):
+    del teacher
+    heads = {name: parts.init_head(keys_lib.named(key, name), shapes[name]) for name in layers}
+    return {"net": trained, "heads": heads}
+
+  def maps(params, view, x, cond, keys):
+    named = net.layers(stop(params["net"]), x, layers)
+    return [(params["heads"][name], named[name]) for name in layers]
+
+  return Discriminator(init, maps, lambda path: not path.startswith("net/"))
+
+
+def fooling_loss(head, maps: list[tuple[Params, Array]]) -> Array:
+  """The generator's hinge loss per example [B]: minus the logits, summed over the heads. head: (params, map) -> [B]."""
+  return sum(adversarial_loss(head(*each), "hinge") for each in maps)
+
+
+def hinge_loss(head, fake: list[tuple[Params, Array]], real: list[tuple[Params, Array]],
+               r1_gamma: float) -> tuple[Array, dict[str, Array]]:
+  """The discriminator's loss L_D per example [B], and its parts "gan" and, for r1_gamma > 0, "r1"."""
+  loss = sum(fake_loss(head(*each), "hinge") for each in fake) + sum(real_loss(head(*each), "hinge") for each in real)
+  if not r1_gamma:
+    return loss, {"gan": loss}
+  r1 = sum(r1_penalty(lambda map_, own=own: head(own, map_).sum(), map_) for own, map_ in real)
+  return loss + 0.5 * r1_gamma * r1, {"gan": loss, "r1": r1}
 
 
 def distillation_loss(process: Process, teacher: DenoiseFn, x: Array, t: Array, noise: Array, cond: Cond) -> Array:
@@ -63,21 +116,13 @@ def make(parts: Parts, num_steps: int = 4, period: int = 1, feature_net: str = "
     raise UsageError(f"add: times {times} must be (low, high) with 0 <= low < high <= 1")
   if distill_weight < 0 or r1_gamma < 0:
     raise UsageError(f"add: distill_weight {distill_weight:g} and r1_gamma {r1_gamma:g} must be at least 0")
-  draw, teacher, net = draw_times(parts), guided_teacher(parts, parts.guidance_scale), parts.feature_net(feature_net)
-  trained = net.load()
-  shapes = jax.eval_shape(lambda: net.layers(trained, jnp.zeros((1,) + parts.image_shape), layers))
-
-  def maps(critic, x):
-    named = net.layers(stop(critic["net"]), x, layers)
-    return {name: (critic["heads"][name], named[name]) for name in layers}
-
-  def logits(critic, x):
-    return [parts.head(*each) for each in maps(critic, x).values()]
+  draw, teacher = draw_times(parts), guided_teacher(parts, parts.guidance_scale)
+  discriminator = on_images(parts, feature_net, layers)
 
   def generator_loss(params, view, states, batch, keys):
     del batch
     x = generate(parts, params, states, keys)
-    loss = sum(adversarial_loss(v, "hinge") for v in logits(view.params["critic"], x))
+    loss = fooling_loss(parts.head, discriminator.maps(view.params["critic"], view, x, states.cond, keys))
     metrics = {"gan": loss}
     if distill_weight:
       metrics["distill"] = distillation_loss(process, teacher(view.teacher), x, draw(keys, "t", times),
@@ -87,20 +132,14 @@ def make(parts: Parts, num_steps: int = 4, period: int = 1, feature_net: str = "
 
   def critic_player(params, view, states, batch, keys):
     x = stop(generate(parts, view.params["student"], states, keys))
-    real = maps(params, batch["image"]).values()
-    loss = sum(fake_loss(v, "hinge") for v in logits(params, x))
-    loss = loss + sum(real_loss(parts.head(*each), "hinge") for each in real)
-    metrics = {"gan": loss}
-    if r1_gamma:
-      metrics["r1"] = sum(r1_penalty(lambda map_, head=head: parts.head(head, map_).sum(), map_) for head, map_ in real)
-      loss = loss + 0.5 * r1_gamma * metrics["r1"]
-    return loss, metrics
+    fake, real = (discriminator.maps(params, view, image, cond, keys)
+                  for image, cond in ((x, states.cond), (batch["image"], cond_of(batch))))
+    return hinge_loss(parts.head, fake, real, r1_gamma)
 
   def init(key, teacher_params):
-    heads = {name: parts.init_head(keys_lib.named(key, name), shapes[name]) for name in layers}
-    student = parts.init_student(keys_lib.named(key, "student"), teacher_params)
-    return {"student": student, "critic": {"net": trained, "heads": heads}}
+    return {"student": parts.init_student(keys_lib.named(key, "student"), teacher_params),
+            "critic": discriminator.init(key, teacher_params)}
 
   players = (Player("student", generator_loss, period),
-             Player("critic", critic_player, trainable=lambda path: not path.startswith("net/")))
+             Player("critic", critic_player, trainable=discriminator.learns))
   return generator("add", parts, grid, players, teacher, init, own_source="forward")

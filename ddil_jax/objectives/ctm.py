@@ -13,8 +13,8 @@ of the batch, never rollout states.
 
 Source: arXiv 2310.02279; Kim-Dongjun/ctm-cifar10 (golden vectors `ctm_*`: the losses, gradients and the three
 outer forms below). The original balances the two terms by the norms of their gradients at the last layer, a
-quantity of the whole batch; here the weight is a number. Its GAN term is not run by the vectors and not here.
-Ours: processes other than EDM, which jump by DDIM and draw tau uniformly.
+quantity of the whole batch; here the weight is a number. Its GAN term, which the vectors do not run, is in
+`adversarial`. Ours: processes other than EDM, which jump by DDIM and draw tau uniformly.
 """
 
 import jax

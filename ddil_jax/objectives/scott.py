@@ -7,7 +7,7 @@ With eta = 0 and h = 1 it is consistency distillation (`cd`). The steps need the
 every source.
 
 Source: arXiv 2403.01505, from secondary notes: no code was found and no golden vectors exist. In the paper
-also an adversarial term, 0.4 of a hinge loss on a trained discriminator, which is not here. Verified: the
+also an adversarial term, 0.4 of a hinge loss on a trained discriminator: `adversarial` adds it. Verified: the
 reduction to CD, and that the noisy step has the mean and variance of the posterior.
 """
 

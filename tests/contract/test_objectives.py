@@ -34,6 +34,7 @@ OPTIONS = {"add": dict(num_steps=2), "agd": dict(hidden=8, num_scales=8, sampler
            "moment_matching": dict(num_steps=2), "ufogen": dict(num_scales=8, num_steps=2, snr_cap=100.0),
            "dmd": dict(num_steps=2, critic_weight="snr_trunc", weight_cap=100.0),
            "msd": dict(students=2, num_steps=2, critic_weight="snr_trunc", weight_cap=100.0),
+           "adversarial": dict(num_scales=9, max_teacher_steps=2),
            "embedding_loss": dict(num_steps=2, period=1, critic_weight="snr_trunc", weight_cap=100.0),
            "gdd": dict(num_steps=2, frozen="W1"), "twinflow": dict(num_scales=8)}
 NAMES = registry.names("objectives")
