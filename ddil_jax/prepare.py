@@ -382,12 +382,8 @@ class _Encoder:
     return finish
 
   def null(self) -> dict[str, np.ndarray]:
-    """The condition of no prompt, without the batch axis; {} without text encoders."""
-    if not self._prompts:
-      return {}
-    size = self.image_size
-    ids = {"time_ids": np.array([size, size, 0, 0, size, size], np.float32)} if self._sdxl else {}
-    return self._prompts.null(self.batch) | ids
+    """The condition of no prompt, without the batch axis; sizes and crops are no prompt. {} without text encoders."""
+    return self._prompts.null(self.batch) if self._prompts else {}
 
 
 def posterior_noise(key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -23,6 +23,7 @@ from ddil_jax import measure as measure_lib
 from ddil_jax import samplers, trained
 from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
+from ddil_jax.data.dataset import some
 from ddil_jax.errors import UsageError
 from ddil_jax.models import base as models
 from ddil_jax.objectives.base import completed
@@ -150,7 +151,7 @@ def _fit_together(config, teacher, say) -> _Setup:
   processes.together(lambda: build_lib.load_data(config, "train") if processes.is_first() else None)
   setup = processes.together(lambda: _fit(config, teacher, say))
   data = setup.built.dataset
-  processes.require_agreement({"data": processes.array_hash(data.images, data.labels),
+  processes.require_agreement({"data": processes.array_hash(some(data.images), data.labels),
                                "teacher": params_lib.hash_params(setup.teacher) if setup.teacher else ""})
   return setup
 

@@ -18,7 +18,7 @@ class Dataset(NamedTuple):
 
   Attributes:
     name: name in configs and messages.
-    images: float32 [N, H, W, C] in [-1, 1], or latents where there is a `decoder`.
+    images: float32 [N, H, W, C] in [-1, 1], or latents where there is a `decoder`; NaN where there are only prompts.
     labels: int32 [N] in [0, num_classes).
     num_classes: number of classes; 1 where there are none.
     value_range: (lo, hi) of the stored pixels, which `to_unit` maps to -1 and 1.
@@ -49,6 +49,11 @@ class Dataset(NamedTuple):
   def image_shape(self) -> tuple[int, int, int]:
     """(H, W, C)."""
     return tuple(self.images.shape[1:])
+
+
+def some(rows: Rows, most: int = 1024) -> np.ndarray:
+  """The rows themselves if they are in memory, else the first ones: to look at, without reading all."""
+  return rows if isinstance(rows, np.ndarray) else rows[np.arange(min(len(rows), most))]
 
 
 def to_unit(pixels: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from ddil_jax.data import fake, folder, manual, prepared
 from ddil_jax.data.builder import ImageBuilder, find_prepared, prepare, read_prepared
 from ddil_jax.data.cifar import Cifar10
-from ddil_jax.data.dataset import Dataset, check_choice, resize, to_unit
+from ddil_jax.data.dataset import Dataset, check_choice, resize, some, to_unit
 from ddil_jax.data.digits import Digits
 from ddil_jax.data.idx import FashionMnist, Mnist
 from ddil_jax.errors import UsageError
@@ -215,7 +215,7 @@ def subset(dataset: Dataset, fraction: float) -> Dataset:
 
 
 def preflight(dataset: Dataset) -> dict[str, Any]:
-  """Looks at the data before anything is trained on it.
+  """Looks at the data before anything is trained on it; of a set on disk, at the first 1,024 images.
 
   Returns:
     {"name", "split", "count", "shape", "value_range" (as found), "num_classes", "per_class" (min, max),
@@ -226,19 +226,21 @@ def preflight(dataset: Dataset) -> dict[str, Any]:
       range, or images that are all the same constant.
   """
   images, labels, where = dataset.images, dataset.labels, f"data set {dataset.name}/{dataset.split}"
-  if images.ndim != 4:
+  if len(images.shape) != 4:
     raise UsageError(f"{where}: images have the shape {images.shape}, [N, H, W, C] is expected")
-  if images.size == 0:
+  if 0 in images.shape:
     raise UsageError(f"{where} is empty: its images have the shape {images.shape}")
   if images.dtype != np.float32:
     raise UsageError(f"{where}: images are {images.dtype}, float32 in [-1, 1] is expected")
   if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
     raise UsageError(
         f"{where}: labels are {labels.dtype} {labels.shape}, integers [{len(images)}] are expected")
-  lo, hi = float(images.min()), float(images.max())  # nan and inf show in them
-  if not np.isfinite([lo, hi]).all():
-    bad = int((~np.isfinite(images)).any(axis=(1, 2, 3)).sum())
-    raise UsageError(f"{where}: {bad} of {len(images)} images hold values that are not finite")
+  seen = some(images)
+  lo, hi = float(seen.min()), float(seen.max())  # nan and inf show in them
+  prompts_only = bool(dataset.captions) and np.isnan(seen).all()
+  if not np.isfinite([lo, hi]).all() and not prompts_only:
+    bad = int((~np.isfinite(seen)).any(axis=(1, 2, 3)).sum())
+    raise UsageError(f"{where}: {bad} of {len(seen)} images hold values that are not finite")
   if (lo < -1 or hi > 1) and not dataset.decoder:
     raise UsageError(f"{where}: values from {lo:g} to {hi:g}, [-1, 1] is expected")
   if lo == hi:
@@ -253,7 +255,7 @@ def preflight(dataset: Dataset) -> dict[str, Any]:
       "per_class": (int(counts.min()), int(counts.max())), "skipped": len(dataset.skipped)}
   shape = "x".join(map(str, dataset.image_shape))
   summary = (f"{dataset.name}/{dataset.split}: {len(images):,} images {shape}, "
-             f"values {lo:g} to {hi:g}, {dataset.num_classes} class{'es' * (dataset.num_classes > 1)} of "
+             f"{'none there, prompts only' if prompts_only else f'values {lo:g} to {hi:g}'}, {dataset.num_classes} class{'es' * (dataset.num_classes > 1)} of "
              f"{counts.min():,} to {counts.max():,}")
   if dataset.skipped:
     summary += f"; {len(dataset.skipped)} files skipped, e.g. {': '.join(dataset.skipped[0])}"

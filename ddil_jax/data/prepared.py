@@ -178,8 +178,8 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
 
   Returns:
     Dataset: `images` are latents float32 [N,h,w,c] times the scaling factor, or pixels in [-1, 1] where there was no
-    autoencoder, or NaN of that shape where there were only prompts; `cond` and `null` have "text" [N,L,D], and of SDXL
-    "text_pooled" [N,P] and "time_ids" [N,6].
+    autoencoder, or NaN of that shape where there were only prompts; `cond` has "text" [N,L,D], and of SDXL "text_pooled"
+    [N,P] and "time_ids" [N,6]; `null` the first two, since guidance keeps sizes and crops.
 
   Raises:
     UsageError: no such set or split, another size; shards that are missing or damaged, also when rows are read.
@@ -200,8 +200,8 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
     records.verify()
     columns, captions = _read_all(records, columns)
   images = columns.get("latents", columns.get("pixels"))
-  if images is None:  # nothing can learn from these unnoticed
-    images = np.broadcast_to(np.float32(np.nan), (len(records), *index.image_shape))
+  if images is None:
+    images = _NoImages((len(records), *index.image_shape))
   latents = index.latents
   bounds = (tuple(latents["lower"]), tuple(latents["upper"])) if latents else None
   return Dataset(
@@ -297,6 +297,20 @@ class _Column:
   def __getitem__(self, index) -> np.ndarray:
     rows = np.stack([row[self._name] for row in self._records[index]])
     return to_unit(rows, (0, 255)) if self._name == "pixels" else rows
+
+
+class _NoImages:
+  """NaN in the shape of images [N,H,W,C], for prompts alone: nothing can learn from them unnoticed."""
+  dtype = np.dtype(np.float32)
+
+  def __init__(self, shape: tuple[int, ...]):
+    self.shape = shape
+
+  def __len__(self) -> int:
+    return self.shape[0]
+
+  def __getitem__(self, index) -> np.ndarray:
+    return np.full((len(np.arange(len(self))[index]), *self.shape[1:]), np.nan, np.float32)
 
 
 class _Captions(Sequence):

@@ -103,6 +103,7 @@ def test_larger_sets_stay_on_disk(many, monkeypatch):
   assert data.captions[-1] == whole.captions[-1]
   with pytest.raises(IndexError):
     data.images[np.array([len(whole.images)])]
+  assert pipeline.preflight(data) == pipeline.preflight(whole)
   a, b = pipeline.batches(data, 8, 3), pipeline.batches(whole, 8, 3)
   for step in (0, 11, 5):
     np.testing.assert_array_equal(a[step]["image"], b[step]["image"], strict=True)
@@ -304,6 +305,9 @@ def test_prompts(tmp_path, suffix):
   parts = [load(tmp_path / "out", split) for split in ("train", "test")]
   assert sorted([*parts[0].captions, *parts[1].captions]) == sorted(f"prompt {i}" for i in range(150))
   assert parts[0].images.shape[1:] == (SIZE, SIZE, 3) and np.isnan(parts[0].images[np.array([3, 0])]).all()
+  assert "images 16x16x3, none there, prompts only" in pipeline.preflight(parts[0])["summary"]
+  with pytest.raises(UsageError, match="are not finite"):
+    pipeline.preflight(parts[0]._replace(captions=()))
   assert parts[0].skipped == ((("prompts.jsonl:301", "no text 'caption' or 'prompt'"),) if suffix == "jsonl" else ())
 
 
