@@ -148,7 +148,7 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
   images = len(built.dataset.images) if config.eval.reference == "train" else None
   try:
     results.check(config.eval.metrics, config.eval.num_samples, images, evaluation_options(config))
-    check_networks(config, built.parts.image_shape)
+    check_networks(config, pixel_shape(built.dataset))
     halved = evaluation_options(config).bootstrap > 0
     least = 4 if halved else 2
     if config.eval.get("lpips", "") and config.eval.num_samples < least * built.parts.num_classes:
@@ -156,6 +156,16 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
                        f"{', as the bootstrap halves them' * halved}; num_samples is {config.eval.num_samples}")
   except UsageError as error:
     raise UsageError(f"config.eval: {error}") from None
+
+
+def pixel_shape(dataset: Dataset) -> tuple[int, int, int]:
+  """(H, W, C) of the images as they are looked at: those of which `images` are latents."""
+  if not dataset.decoder:
+    return dataset.image_shape
+  module, _ = diffusers.architecture(dataset.decoder)
+  height, width, _ = dataset.image_shape
+  scale = 2 ** (len(module.down) - 1)
+  return height * scale, width * scale, module.channels
 
 
 def check_networks(config: ConfigDict, image_shape) -> None:

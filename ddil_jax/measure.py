@@ -56,7 +56,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   data = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
   classes = built.dataset.num_classes
   metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
-  networks = load_networks(config, pixel_shape(built.dataset), metrics, built.dataset)
+  networks = load_networks(config, build_lib.pixel_shape(built.dataset), metrics, built.dataset)
   reference = InMemory(data.images if data.pixels is None else data.pixels[np.arange(len(data.labels))])
   name = reference_name(data.name, config.eval.reference, reference, networks)
   cond = conditions(data, config.eval.num_samples)
@@ -65,8 +65,8 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
   for sampler in samplers.samplers(config, built):
     draw = draw_with(sampler, params, teacher, built.dataset.decoder)
-    batches = sampling.sample_batches(draw, config.eval.num_samples, pixel_shape(built.dataset), config.eval.seed, cond,
-                                      config.eval.batch_size, devices)
+    batches = sampling.sample_batches(draw, config.eval.num_samples, build_lib.pixel_shape(built.dataset),
+                                      config.eval.seed, cond, config.eval.batch_size, devices)
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     measured = measure_images(config, shown, config.eval.num_samples, labels if classes > 1 else None, reference, name,
@@ -162,17 +162,7 @@ def _autoencoder(path: str):
   module, params, _ = diffusers.load(path)
   if not isinstance(module, AutoencoderKL):
     raise UsageError(f"{path} is no autoencoder")
-  return module, params["params"]
-
-
-def pixel_shape(dataset: Dataset) -> tuple[int, int, int]:
-  """(H, W, C) of the images as they are looked at: those of which `images` are latents."""
-  if not dataset.decoder:
-    return dataset.image_shape
-  module, _ = diffusers.architecture(dataset.decoder)
-  height, width, _ = dataset.image_shape
-  scale = 2 ** (len(module.down) - 1)
-  return height * scale, width * scale, module.channels
+  return module, params
 
 
 class Networks(NamedTuple):

@@ -158,7 +158,7 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   data = built.dataset
   draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None,
                                data.decoder)
-  images = sampling.sample_images(draw, num_samples, measure_lib.pixel_shape(data), seed,
+  images = sampling.sample_images(draw, num_samples, build_lib.pixel_shape(data), seed,
                                   measure_lib.conditions(data, num_samples), min(num_samples, config.eval.batch_size))
   grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
   return pathlib.Path(out)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pathlib
 import tarfile
 import zipfile
@@ -92,6 +93,12 @@ def write_tokenizer(folder: pathlib.Path, pad: str = "<|endoftext|>") -> None:
        "unk_token": "<|endoftext|>", "pad_token": pad, "model_max_length": 12}))
 
 
+def draw(rng, path: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+  """A parameter of about the size that trained ones have; biases and gains too."""
+  fan_in = math.prod(shape[:-1]) if path[-1] == "kernel" else 4
+  return (rng.standard_normal(shape) / fan_in**0.5 + (path[-1] == "scale")).astype(np.float32)
+
+
 def write_pipeline(folder: pathlib.Path) -> None:
   """A pipeline of random weights: vae, two text encoders and tokenizers; beside each network its converted file."""
   named = {"vae": VAE | {"_class_name": "AutoencoderKL"}, "text_encoder": TEXT | {"architectures": ["CLIPTextModel"]},
@@ -100,8 +107,7 @@ def write_pipeline(folder: pathlib.Path) -> None:
   for name, config in named.items():
     module, _ = configs.make(config)
     flat = flax.traverse_util.flatten_dict(weights.template(module, *module.example())["params"])
-    params = {path: rng.standard_normal(leaf.shape).astype(np.float32) / max(1, leaf.shape[0])**0.5 + (
-        path[-1] == "scale") for path, leaf in flat.items()}
+    params = {path: draw(rng, path, leaf.shape) for path, leaf in flat.items()}
     diffusers.export(flax.traverse_util.unflatten_dict(params), {"config": config}, folder / name)
     assert main(["convert", str(folder), f"--component={name}", f"--out={folder / name}.safetensors"]) == 0
   (folder / "model_index.json").write_text(json.dumps({"force_zeros_for_empty_prompt": True}))

@@ -1,0 +1,66 @@
+"""Runs on what `ddil prepare` wrote: latents and prompts in, decoded images out."""
+
+import json
+
+import flax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddil_jax import files, prepare
+from ddil_jax.config import folder
+from ddil_jax.data import prepared
+from ddil_jax.interop import extractors, weights
+from ddil_jax.main import main
+from tests.data import making
+from tests.data.conftest import pipeline_folder  # noqa: F401 (a fixture)
+from tests.running import SHORT, shared  # noqa: F401 (fixtures)
+
+
+@pytest.fixture(scope="module")
+def made(pipeline_folder, tmp_path_factory):  # noqa: F811
+  """(the set of 24 images, config.json of a network that reads its prompts)."""
+  base = tmp_path_factory.mktemp("prepared")
+  files = {name: f"{pipeline_folder / name}.safetensors" for name in ("vae", "text_encoder")}
+  options = prepare.Options(**files, tokenizer=str(pipeline_folder / "tokenizer"), keep_images=True, shard_size=10)
+  prepare.prepare(str(making.write_folder(base / "src", 24)), str(base / "set"), options)
+  unet = json.loads((folder() / "unets" / "tiny.json").read_text())
+  (base / "unet.json").write_text(json.dumps(unet | {"cross_attention_dim": making.TEXT["hidden_size"]}))
+  return base / "set", base / "unet.json"
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+  """A tiny CLIP of random weights for the metrics, in the format of `ddil convert-extractor`."""
+  tower = [8, 8, 1, 2, "gelu", 1e-5]
+  fields = dict(vision=tower, text=tower, dim=4, size=14, patch=7, vocabulary=9, length=5, end=None, mean=[0.5] * 3,
+                std=[0.5] * 3)
+  kind = extractors.KINDS["clip"]
+  module = kind.make(**fields)
+  flat = flax.traverse_util.flatten_dict(weights.template(module, *kind.inputs(module)))
+  rng = np.random.default_rng(0)
+  path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+  files.save_arrays(path, {"/".join(k): making.draw(rng, k, v.shape) for k, v in flat.items()},
+                    {"kind": "clip", "fields": fields, "sources": {}})
+  return path
+
+
+def test_a_run_on_latents(made, extractor, tmp_path, monkeypatch):
+  """Trains, decodes its samples and measures them; from disk the same as from memory."""
+  found = []
+  for name, limit in (("memory", prepared._IN_MEMORY), ("disk", 0)):
+    monkeypatch.setattr(prepared, "_IN_MEMORY", limit)
+    run = tmp_path / name
+    assert main(["train", "--config=configs/emoji_teacher.py:smoke", f"--workdir={run}", *SHORT,
+                 "--config.data.name=prepared", f"--config.data.path={made[0]}", "--config.data.image_size=0",
+                 f"--config.model.file={made[1]}", "--config.train.batch_size=8",
+                 f"--config.eval.extractor=clip:{extractor}"]) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["student/loss"] for row in rows if "student/loss" in row]
+    measured = json.loads((run / "results.json").read_text())
+    assert len(losses) == 2 and np.isfinite(losses).all() and "saturation@6/-/-" in measured[0]["metrics"]
+    assert main(["sample", f"--workdir={run}", f"--out={run / 'samples.png'}", "--num_samples=2"]) == 0
+    grid = np.asarray(Image.open(run / "samples.png"))
+    assert grid.shape[-1] == 3 and grid.std() > 1
+    found.append((losses, [row["metrics"] for row in measured], grid.tolist()))
+  assert found[0] == found[1]
