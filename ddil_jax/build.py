@@ -145,6 +145,13 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
       raise UsageError(registry.unknown("kind in config.eval.shift_kinds", kind, SHIFT_KINDS))
   if config.eval.reference not in pipeline.SPLITS:
     raise UsageError(registry.unknown("split config.eval.reference", config.eval.reference, pipeline.SPLITS))
+  if built.dataset.decoder:
+    if not config.eval.get("extractor", ""):
+      raise UsageError(f"the data set {built.dataset.name} holds latents, which the small classifier does not know: give"
+                       " config.eval.extractor, such as clip:FILE, to measure decoded images")
+    if built.dataset.pixels is None:
+      raise UsageError(f"the data set {built.dataset.name} has no images to compare decoded samples with: `ddil prepare"
+                       " --keep_images` stores them next to the latents")
   images = len(built.dataset.images) if config.eval.reference == "train" else None
   try:
     results.check(config.eval.metrics, config.eval.num_samples, images, evaluation_options(config))

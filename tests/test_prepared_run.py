@@ -14,19 +14,20 @@ from ddil_jax.interop import extractors, weights
 from ddil_jax.main import main
 from tests.data import making
 from tests.data.conftest import pipeline_folder  # noqa: F401 (a fixture)
-from tests.running import SHORT, shared  # noqa: F401 (fixtures)
+from tests.running import SHORT, refuse, shared  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")
 def made(pipeline_folder, tmp_path_factory):  # noqa: F811
-  """(the set of 24 images, config.json of a network that reads its prompts)."""
+  """(the set of 24 images, config.json of a network that reads its prompts, the set without pixels)."""
   base = tmp_path_factory.mktemp("prepared")
   files = {name: f"{pipeline_folder / name}.safetensors" for name in ("vae", "text_encoder")}
   options = prepare.Options(**files, tokenizer=str(pipeline_folder / "tokenizer"), keep_images=True, shard_size=10)
   prepare.prepare(str(making.write_folder(base / "src", 24)), str(base / "set"), options)
+  prepare.prepare(str(base / "src"), str(base / "latents"), options._replace(keep_images=False))
   unet = json.loads((folder() / "unets" / "tiny.json").read_text())
   (base / "unet.json").write_text(json.dumps(unet | {"cross_attention_dim": making.TEXT["hidden_size"]}))
-  return base / "set", base / "unet.json"
+  return base / "set", base / "unet.json", base / "latents"
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +46,29 @@ def extractor(tmp_path_factory):
   return path
 
 
+def train(run, data, unet, extractor) -> list[str]:
+  return ["train", "--config=configs/emoji_teacher.py:smoke", f"--workdir={run}", *SHORT,
+          "--config.data.name=prepared", f"--config.data.path={data}", "--config.data.image_size=0",
+          f"--config.model.file={unet}", "--config.train.batch_size=8", f"--config.eval.extractor={extractor}"]
+
+
+def test_what_cannot_be_measured_is_refused_before_training(made, extractor, tmp_path, refuse):  # noqa: F811
+  data, unet, latents = made
+  assert "holds latents, which the small classifier does not know" in refuse(*train(tmp_path / "run", data, unet, ""))
+  line = refuse(*train(tmp_path / "run", latents, unet, f"clip:{extractor}"))
+  assert "has no images to compare decoded samples with: `ddil prepare --keep_images`" in line
+  assert "prepared with image_size 16, not 8" in refuse(*train(tmp_path / "run", data, unet, ""),
+                                                        "--config.data.image_size=8")
+  assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_latents(made, extractor, tmp_path, monkeypatch):
   """Trains, decodes its samples and measures them; from disk the same as from memory."""
   found = []
   for name, limit in (("memory", prepared._IN_MEMORY), ("disk", 0)):
     monkeypatch.setattr(prepared, "_IN_MEMORY", limit)
     run = tmp_path / name
-    assert main(["train", "--config=configs/emoji_teacher.py:smoke", f"--workdir={run}", *SHORT,
-                 "--config.data.name=prepared", f"--config.data.path={made[0]}", "--config.data.image_size=0",
-                 f"--config.model.file={made[1]}", "--config.train.batch_size=8",
-                 f"--config.eval.extractor=clip:{extractor}"]) == 0
+    assert main(train(run, made[0], made[1], f"clip:{extractor}")) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [row["student/loss"] for row in rows if "student/loss" in row]
     measured = json.loads((run / "results.json").read_text())
