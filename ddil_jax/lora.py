@@ -68,8 +68,8 @@ def init(key: Array, params: Params, base: Params, lora: LoRA,
   own, frozen = (flax.traverse_util.flatten_dict(tree) for tree in (params, base))
   other = ["/".join(path) for path in frozen if path not in own or own[path].shape != frozen[path].shape]
   if other:
-    raise UsageError(f"{len(other)} of the teacher's {len(frozen)} parameters are not in it, such as {other[0]}; LoRA"
-                     " needs a network that starts as the teacher and has its architecture")
+    raise UsageError(f"{len(other)} of the teacher's {len(frozen)} parameters are not in it, or of another shape,"
+                     f" such as {other[0]}; LoRA needs a network that starts as the teacher and has its architecture")
   delta = {path: leaf for path, leaf in own.items() if path not in frozen}
   factored = [path for path in frozen if lora.takes(path, own[path].shape) and learns("/".join(path))]
   if not factored:

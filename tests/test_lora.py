@@ -81,7 +81,7 @@ def test_gradient_is_the_chain_rule_on_the_merged_kernel():
 
 @pytest.mark.parametrize("change, options, said", [
     ({}, LoRA(64), "factors of rank 64"), ({}, LoRA(1, targets="nothing"), "targets 'nothing' matches none"),
-    ({"W2": jnp.ones((8, 3))}, LoRA(1), "1 of the teacher's 4 parameters are not in it, such as W2")])
+    ({"W2": jnp.ones((8, 3))}, LoRA(1), "1 of the teacher's 4 parameters.*, such as W2")])
 def test_networks_that_take_no_lora(change, options, said):
   with pytest.raises(UsageError, match=said):
     lora.init(jax.random.key(0), TEACHER | change, TEACHER, options)
@@ -154,16 +154,17 @@ def test_kernels_that_a_method_freezes_get_no_factors():
 
 @pytest.mark.parametrize("name, players, said", [
     ("pd", ("critic",), "objective 'pd' has no critic"), ("denoising", ("student",), "'denoising' has no teacher"),
-    ("ladd", ("critic",), "LoRA of the critic of objective 'ladd': 4 of the teacher's 4 parameters are not in it"),
+    ("ladd", ("critic",), "LoRA of the critic of objective 'ladd': 4 of the teacher's 4 parameters"),
     ("vsd", ("critic",), "LoRA of the critic of objective 'vsd': .* are not in it"),
-    ("agd", ("student",), "LoRA of the student of objective 'agd': 4 of the teacher's 4")])
+    ("agd", ("student",), "LoRA of the student of objective 'agd': 4 of the teacher's 4"),
+    ("msd", ("student",), "LoRA of the student of objective 'msd': 4 of the teacher's 4")])
 def test_players_that_take_no_lora(name, players, said):
   with pytest.raises(UsageError, match=said):
     _, objective = make(name, players)
     objective.init(jax.random.key(0), TEACHER)
 
 
-@pytest.mark.parametrize("name", sorted(set(registry.names("objectives")) - {"agd", "denoising"}))
+@pytest.mark.parametrize("name", sorted(set(registry.names("objectives")) - {"agd", "denoising", "msd"}))
 def test_every_method_takes_it(name):
   """Its step can be traced, and gives the state that it took; whatever else the student is told or reads."""
   parts, objective = make(name, ("student", "critic") if name in CRITICS else ("student",))
