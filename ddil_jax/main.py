@@ -76,8 +76,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(f"--{flag}", help=f"{text}; the same as --config.eval.{flag}")
   sample = command("sample", "draw images from the newest checkpoint of a run")
   sample.add_argument("--out", default="samples.png", metavar="FILE.png")
-  sample.add_argument("--num_samples", type=int, default=40)
+  sample.add_argument("--num_samples", type=int, help="default: 40; with --prompt of each prompt, default: 4")
   sample.add_argument("--steps", type=int, help="sampling steps (default: as trained)")
+  sample.add_argument("--guidance_scale", metavar="G", help="the same as --config.eval.guidance_scales=(G,)")
+  sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of a run that reads text; give it"
+                      " several times for several rows")
+  for flag, text in (("text_encoder", "FILE"), ("text_encoder_2", "FILE"), ("tokenizer", "FOLDER")):
+    sample.add_argument(f"--{flag}", default="", metavar=text, help="with which the set was prepared; for --prompt")
+  sample.add_argument("--folder", default="", metavar="DIR", help="write every sample to a file of its own too")
   sample.add_argument("--seed", type=int, default=0)
   report = command("report", "compare runs: tables and figures as one HTML file", config=False)
   report.add_argument("runs", nargs="+", metavar="RUN", help="a run, a directory of runs, or a sweep")
@@ -214,6 +220,8 @@ def _run(args, overrides) -> int:
       return _evaluate_files(args, overrides)
   if args.command == "train":
     return _train(args, overrides)
+  if args.command == "sample" and args.guidance_scale:
+    overrides["eval.guidance_scales"] = f"({args.guidance_scale},)"
   if args.config:
     config = config_lib.load(args.config, overrides)
   else:
@@ -223,7 +231,10 @@ def _run(args, overrides) -> int:
   if args.data_dir:
     config_lib.override(config, "data.data_dir", args.data_dir)
   if args.command == "sample":
-    print(f"wrote {trained.sample(config, args.workdir, args.num_samples, args.seed, args.out, args.steps)}")
+    num = (4 if args.prompt else 40) if args.num_samples is None else args.num_samples
+    written = trained.sample(config, args.workdir, num, args.seed, args.out, args.steps, args.prompt,
+                             (args.text_encoder, args.text_encoder_2), args.tokenizer, args.folder)
+    print(f"wrote {written}")
   elif args.shift:
     from ddil_jax.evaluation import shift_figures
     print(shift_figures.table(trained.evaluate_shift(config, args.workdir)))

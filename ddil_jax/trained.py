@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
 from ddil_jax import files, lora
 from ddil_jax import measure as measure_lib
-from ddil_jax import measure_files, samplers
+from ddil_jax import measure_files, prompting, samplers
 from ddil_jax import shift as shift_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, sampling
@@ -144,11 +145,17 @@ def _init_student(built):
 
 
 def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, seed: int, out: str | pathlib.Path,
-           steps: int | None = None) -> pathlib.Path:
+           steps: int | None = None, prompts: Sequence[str] = (), encoders: Sequence[str] = (), tokenizer: str = "",
+           folder: str = "") -> pathlib.Path:
   """Writes a PNG grid of samples of a run's newest checkpoint.
 
+  Args:
+    num_samples: of all; with `prompts` of each of them, a row for each.
+    prompts, encoders, tokenizer: see `prompting.encoder`; without prompts the samples are of those of the set.
+    folder: writes every sample to a file of its own too; "" does not.
+
   Raises:
-    UsageError: fewer than 1 sample or step.
+    UsageError: fewer than 1 sample or step; prompts of a run that reads none.
   """
   if num_samples < 1:
     raise UsageError(f"--num_samples={num_samples}: at least 1 is needed")
@@ -158,9 +165,19 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   data = built.dataset
   draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None,
                                data.decoder)
-  images = sampling.sample_images(draw, num_samples, build_lib.pixel_shape(data), seed,
-                                  measure_lib.conditions(data, num_samples), min(num_samples, config.eval.batch_size))
-  grids.save_png(out, grids.image_grid(images, columns=min(10, num_samples), scale=max(1, 32 // images.shape[1])))
+  cond = measure_lib.conditions(data, num_samples)
+  if prompts:
+    cond = prompting.conditions(data, prompting.encoder(config, encoders, tokenizer), prompts, num_samples)
+  count = len(cond["label"])
+  images = sampling.sample_images(draw, count, build_lib.pixel_shape(data), seed, cond,
+                                  min(count, config.eval.batch_size))
+  columns = num_samples if prompts else min(10, num_samples)
+  grids.save_png(out, grids.image_grid(images, columns=columns, scale=max(1, 32 // images.shape[1])))
+  if folder:
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    names = prompting.file_names(folder, prompts or ("sample",), num_samples)
+    for path, image in zip(names, images, strict=True):
+      grids.save_png(path, grids.image_grid(image[None], columns=1, gap=0))
   return pathlib.Path(out)
 
 

@@ -62,7 +62,7 @@ def test_what_cannot_be_measured_is_refused_before_training(made, extractor, tmp
   assert not (tmp_path / "run").exists()
 
 
-def test_a_run_on_latents(made, extractor, tmp_path, monkeypatch):
+def test_a_run_on_latents(made, extractor, pipeline_folder, tmp_path, monkeypatch, refuse, capsys):  # noqa: F811
   """Trains, decodes its samples and measures them; from disk the same as from memory."""
   found = []
   for name, limit in (("memory", prepared._IN_MEMORY), ("disk", 0)):
@@ -78,3 +78,35 @@ def test_a_run_on_latents(made, extractor, tmp_path, monkeypatch):
     assert grid.shape[-1] == 3 and grid.std() > 1
     found.append((losses, [row["metrics"] for row in measured], grid.tolist()))
   assert found[0] == found[1]
+
+  def sample(*more):
+    return ["sample", f"--workdir={run}", "--num_samples=2", "--guidance_scale=2", f"--out={tmp_path / 'grid.png'}", *more]
+
+  encoder = f"--text_encoder={pipeline_folder / 'text_encoder'}.safetensors"
+  tokenizer = f"--tokenizer={pipeline_folder / 'tokenizer'}"
+  captions = prepared.load(made[0]).captions
+  assert main(sample(f"--prompt={captions[0]}", "--prompt=../../a CAT " + "of wool " * 20, encoder, tokenizer,
+                     f"--folder={tmp_path / 'files'}")) == 0
+  assert "more than" in capsys.readouterr().out
+  names = sorted(path.name for path in (tmp_path / "files").iterdir())
+  assert len(names) == 4 and names[2].startswith("01-a-cat-of-wool") and names[3].endswith("-1.png")
+  first = np.asarray(Image.open(tmp_path / "files" / names[0]))
+  grid = np.asarray(Image.open(tmp_path / "grid.png"))
+  assert first.shape == (16, 16, 3) and grid.shape[0] == 2 * grid.shape[1] // 2  # two rows of two
+  assert "--text_encoder=FILE is needed: text_encoder.safetensors" in refuse(*sample("--prompt=a cat"))
+  wrong = f"--text_encoder={pipeline_folder / 'vae'}.safetensors"
+  assert "is not the text_encoder.safetensors with which" in refuse(*sample("--prompt=a cat", wrong, tokenizer))
+  assert "--tokenizer=FOLDER is needed" in refuse(*sample("--prompt=a cat", encoder))
+
+
+def test_own_prompts_are_encoded_as_those_of_the_set(made, pipeline_folder):  # noqa: F811
+  """The states of a caption of the set are those that were stored."""
+  from ddil_jax import prompting
+  from ddil_jax.config import load
+  config = load("configs/emoji_lcm.py:smoke", {"data.name": "prepared", "data.path": str(made[0])})
+  data = prepared.load(made[0])
+  encode = prompting.encoder(config, [f"{pipeline_folder / 'text_encoder'}.safetensors"],
+                             str(pipeline_folder / "tokenizer"))
+  cond = prompting.conditions(data, encode, data.captions[:3], 2)
+  np.testing.assert_allclose(cond["text"], np.repeat(data.cond["text"][:3], 2, axis=0), atol=1e-5)
+  assert cond["label"].tolist() == [0] * 6
