@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,9 @@ class Size(NamedTuple):
 
 
 KL_WEIGHT = 1e-3
+# Brightness, yellow to blue and green to magenta, of red, green and blue. The last varies least in images, so that
+# an autoencoder would give it up first, or learn it last: red and orange would be one colour. So it counts more.
+OPPONENT = np.float32([[1, 1, 1], [1, 0, -1], [1, -2, 1]]).T / np.sqrt(np.float32([3, 2, 6])) * np.float32([1, 1.5, 3])
 SMOKE = Size((2, 4, 1e-3), (2, 4, 1e-3))
 
 
@@ -113,7 +117,9 @@ def pick(rng: np.random.Generator, concepts: np.ndarray, count: int) -> np.ndarr
 
 
 def train_vae(emoji: Emoji, size: tuple[int, int, float]) -> tuple[Params, dict, dict]:
-  """The autoencoder: |x - y| + (x - y)^2 and a little of the KL divergence to a normal distribution, as means.
+  """The autoencoder, of means over pixels and latents:
+
+      loss = |x - y| + (x - y)^2 + |c| + c^2 + KL_WEIGHT KL(posterior | N(0, 1)),   c = OPPONENT (averages of 4x4 of x - y)
 
   Images are mirrored at random, texts and all: it has to reproduce them, not to read them.
 
@@ -136,7 +142,9 @@ def train_vae(emoji: Emoji, size: tuple[int, int, float]) -> tuple[Params, dict,
     wrong = module.apply({"params": params}, z, method="decode") - x
     kl = 0.5 * jnp.mean(mean**2 + std**2 - 1 - 2 * jnp.log(std))
     l1, l2 = jnp.abs(wrong).mean(), jnp.square(wrong).mean()
-    return l1 + l2 + KL_WEIGHT * kl, {"l1": l1, "l2": l2, "kl": kl}
+    colour = nn.avg_pool(wrong, (4, 4), (4, 4)) @ OPPONENT
+    colour = jnp.abs(colour).mean() + jnp.square(colour).mean()
+    return l1 + l2 + colour + KL_WEIGHT * kl, {"l1": l1, "l2": l2, "colour": colour, "kl": kl}
 
   params, numbers = fit(loss, _init(module, *module.example()), batch, size, "autoencoder")
   encode = jax.jit(lambda x: module.apply({"params": params}, x, method="encode"))
@@ -253,42 +261,52 @@ def main(argv: list[str] | None = None) -> int:
   args.add_argument("--out", required=True, metavar="DIR", help="where the networks go")
   args.add_argument("--smoke", action="store_true", help="two steps of each")
   args = args.parse_args(argv)
-  return exit_code(lambda: make(args.data, pathlib.Path(args.out), SMOKE if args.smoke else Size()))
+
+  def run() -> int:
+    train(args.data, args.out, args.smoke)
+    return 0
+
+  return exit_code(run)
 
 
-def make(data, out: pathlib.Path, size: Size = Size()) -> int:
-  """Makes what is not there yet; returns the exit code.
+def train(data, out, smoke: bool = False) -> None:
+  """Makes what is not there yet.
 
-  DIR has afterwards vae.safetensors and text_encoder.safetensors as `ddil convert` writes them, clip.safetensors as
-  `ddil convert-extractor --kind=clip` does, tokenizer/ in CLIP's files, reconstructions.png (images that the
-  autoencoder has not seen, and below what it gives back), and in emoji_models.json the numbers of both trainings.
+  The folder `out` has afterwards vae.safetensors and text_encoder.safetensors as `ddil convert` writes them,
+  clip.safetensors as `ddil convert-extractor --kind=clip` does, tokenizer/ in CLIP's files, reconstructions.png (images
+  that the autoencoder has not seen, and below what it gives back), and emoji_models.json, the numbers of both trainings.
+
+  Args:
+    data: folder of the images and captions, see `emoji.load`.
+    out: folder of the networks.
+    smoke: two steps of each.
 
   Raises:
     UsageError: data that is absent or damaged; transformers is not installed.
   """
+  out, size = pathlib.Path(out), SMOKE if smoke else Size()
   if not all((out / name).exists() for name in (TOKENIZER, VAE, CLIP, TEXT_ENCODER)):
     emoji = emoji_lib.load(data)
     print(f"{len(emoji.images)} images of {len(np.unique(emoji.concepts))} emoji, {emoji.is_test.mean():.0%} held out",
           flush=True)
   if not (out / TOKENIZER).exists():
-    whole = out / f".{TOKENIZER}"
-    train_tokenizer(emoji, whole)
-    whole.rename(out / TOKENIZER)
+    half = out / f".{TOKENIZER}"
+    train_tokenizer(emoji, half)
+    half.rename(out / TOKENIZER)
   if not (out / VAE).exists():
     params, config, numbers = train_vae(emoji, size.vae)
     unseen = emoji.images[emoji.is_test][::4][:64]
     grids.save_png(out / RECONSTRUCTIONS, picture(unseen, reconstruct(params, config, unseen)))
-    diffusers.save(out / VAE, params, _about(config))
     _report(out, "vae", numbers)
+    diffusers.save(out / VAE, params, _about(config))
   if not all((out / name).exists() for name in (CLIP, TEXT_ENCODER)):
     params, numbers = train_clip(emoji, out / TOKENIZER, size.clip)
+    _report(out, "clip", numbers)
     text = CLIP_CONFIG["text_config"] | {"model_type": "clip_text_model", "architectures": ["CLIPTextModel"]}
     diffusers.save(out / TEXT_ENCODER, {"text_model": params["text_model"]}, _about(text))
     extractors.save(out / CLIP, "clip", clip.fields_of(CLIP_CONFIG), {"params": params}, {})
-    _report(out, "clip", numbers)
   for part, numbers in files.read_json(out / REPORT).items():
     print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in numbers.items()))
-  return 0
 
 
 def _about(config: dict) -> dict:
