@@ -84,6 +84,9 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
   parts, init_teacher = make_parts(config, dataset)
   objective = with_lora(config, make_objective(config, parts))
   distribution = make_states(config, parts, objective)
+  if "forward" in distribution.sources and np.isnan(dataset.images[np.arange(1)]).all():
+    raise UsageError(f"the set {config.data.path} has prompts and no images, so there are no forward states of it:"
+                     " --config.states.forward=0 with states of student or teacher")
   average = optim.warm_ema if config.train.ema_warmup else float
   decays = {decay_name(d): average(d) for d in config.train.ema} | dict(objective.targets)
   if config.states.rollout_params != "raw" and config.states.rollout_params not in decays:

@@ -204,9 +204,12 @@ def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "f
     raise UsageError(f"{workdir} trained its LoRA over the student at {config.teacher.path}, which a reader of the LoRA"
                      " has not; write the whole network with --merged")
   params, _ = (own_params_of if of_lora else params_of)(config, built, workdir)
-  if config.model.guidance_embedding:
-    raise UsageError(f"{workdir}: the student reads the guidance scale, which UNet2DModel of diffusers does not")
-  release.write(out, params, diffusers.architecture(file)[1], sampling, release.run_of(workdir), dtype, of_lora)
+  about = diffusers.architecture(file)[1]
+  if width := config.model.guidance_embedding:
+    if about["config"].get("_class_name") != "UNet2DConditionModel":
+      raise UsageError(f"{workdir}: the student reads the guidance scale, which UNet2DModel of diffusers does not")
+    about = about | {"config": about["config"] | {"time_cond_proj_dim": width}}
+  release.write(out, params, about, sampling, release.run_of(workdir), dtype, of_lora)
   return pathlib.Path(out)
 
 

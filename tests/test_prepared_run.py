@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddil_jax import files, prepare
+from ddil_jax import build, files, prepare, prompting
+from ddil_jax import config as config_lib
 from ddil_jax.config import folder
 from ddil_jax.data import prepared
+from ddil_jax.errors import UsageError
 from ddil_jax.interop import extractors, weights
 from ddil_jax.main import main
 from tests.data import making
@@ -99,14 +101,52 @@ def test_a_run_on_latents(made, extractor, pipeline_folder, tmp_path, monkeypatc
   assert "--tokenizer=FOLDER is needed" in refuse(*sample("--prompt=a cat", encoder))
 
 
+def test_prompts_alone_have_no_forward_states(pipeline_folder, tmp_path):  # noqa: F811
+  (tmp_path / "prompts.txt").write_text("".join(f"a cat with {i} tails\n" for i in range(40)))
+  options = prepare.Options(vae=f"{pipeline_folder / 'vae'}.safetensors", image_size=16, keep_images=False,
+                            text_encoder=f"{pipeline_folder / 'text_encoder'}.safetensors",
+                            tokenizer=str(pipeline_folder / "tokenizer"))
+  prepare.prepare(str(tmp_path / "prompts.txt"), str(tmp_path / "set"), options)
+  unet = json.loads((folder() / "unets" / "tiny.json").read_text()) | {"cross_attention_dim": making.TEXT["hidden_size"]}
+  (tmp_path / "unet.json").write_text(json.dumps(unet))
+  fields = {"data.name": "prepared", "data.path": str(tmp_path / "set"), "data.image_size": "0",
+            "model.file": str(tmp_path / "unet.json")}
+  data = prepared.load(tmp_path / "set")
+  with pytest.raises(UsageError, match="has prompts and no images.*states.forward=0"):
+    build.build(config_lib.load("configs/emoji_dmd2.py:ddil,smoke", fields), data)
+
+
 def test_own_prompts_are_encoded_as_those_of_the_set(made, pipeline_folder):  # noqa: F811
   """The states of a caption of the set are those that were stored."""
-  from ddil_jax import prompting
-  from ddil_jax.config import load
-  config = load("configs/emoji_lcm.py:smoke", {"data.name": "prepared", "data.path": str(made[0])})
+  config = config_lib.load("configs/emoji_lcm.py:smoke", {"data.name": "prepared", "data.path": str(made[0])})
   data = prepared.load(made[0])
   encode = prompting.encoder(config, [f"{pipeline_folder / 'text_encoder'}.safetensors"],
                              str(pipeline_folder / "tokenizer"))
   cond = prompting.conditions(data, encode, data.captions[:3], 2)
   np.testing.assert_allclose(cond["text"], np.repeat(data.cond["text"][:3], 2, axis=0), atol=1e-5)
   assert cond["label"].tolist() == [0] * 6
+
+
+@pytest.mark.slow  # 40 CPU seconds; the networks' folders themselves are compared in tests/parity
+def test_a_student_that_reads_the_scale_is_exported(tmp_path):
+  """LCM's embedding of the guidance scale comes with it, and diffusers gives the student's output."""
+  import diffusers as theirs
+  import jax.numpy as jnp
+  import torch
+
+  from ddil_jax import trained
+  run, out = tmp_path / "run", tmp_path / "student"
+  assert main(["train", "--config=configs/emoji_lcm.py:smoke", f"--workdir={run}", *SHORT]) == 0
+  assert main(["export", str(run), f"--out={out}"]) == 0
+  unet = theirs.UNet2DConditionModel.from_pretrained(out, subfolder="unet").eval()
+  assert unet.config.time_cond_proj_dim == 64
+  config = trained.saved_config(run)
+  built = build.build(config)
+  params, _ = trained.params_of(config, built, run)
+  rng = np.random.default_rng(0)
+  x, text = rng.standard_normal((2, 8, 8, 4), np.float32), rng.standard_normal((2, 77, 16), np.float32)
+  x0 = built.parts.student(params, jnp.asarray(x), jnp.full(2, 500.0), {"text": jnp.asarray(text)})
+  alpha, sigma = built.parts.process.alpha(500.0), built.parts.process.sigma(500.0)
+  with torch.no_grad():
+    v = unet(torch.tensor(x).permute(0, 3, 1, 2), 500, torch.tensor(text)).sample.permute(0, 2, 3, 1).numpy()
+  np.testing.assert_allclose(x0, alpha * x - sigma * v, atol=1e-4)
