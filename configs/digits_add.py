@@ -13,8 +13,9 @@ from ddil_jax.sweep import product
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.generator(digits(common.common()), name="add", num_steps=4, feature_net="",
-                            layers=("norm_0", "norm_1"), distill_weight=2.5, r1_gamma=1e-5)
+                            layers=("conv_0", "conv_1", "features"), distill_weight=40.0, r1_gamma=0.1)
   config.states.update(forward=1.0, student=0.0)
+  config.optimizer.learning_rate = 1e-4  # a student that learns faster than its discriminator collapses
   return common.apply(config, arg, {"ddil": common.half_forward})
 
 

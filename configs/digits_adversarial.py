@@ -16,7 +16,7 @@ from ddil_jax.sweep import product
 def scott(config: ConfigDict) -> ConfigDict:
   """SCott in the place of CTM."""
   config.objective = ConfigDict(dict(
-      name="adversarial", base="scott", adversarial_weight=0.4, images="jump", kind="teacher", r1=0.0, num_scales=17,
+      name="adversarial", base="scott", adversarial_weight=0.01, images="jump", kind="teacher", r1=0.0, num_scales=17,
       sampler_steps=4, solver_steps=3, eta=0.3, distance="l2", weight="constant", target_decay=0.95))
   config.model.end_time_embedding = 0
   return config

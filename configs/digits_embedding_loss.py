@@ -13,7 +13,7 @@ from ddil_jax.sweep import product
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.generator(digits(common.common()), name="embedding_loss", base="dmd2", embedding_weight=1.0,
-                            images="jump", networks=2, embedding_layers=("norm_0", "norm_1", "features"),
+                            images="jump", networks=2, embedding_layers=("conv_0", "conv_1", "features"),
                             num_steps=2, period=2, critic_weight="v_mse", weight_cap=20.0)
   return common.apply(config, arg, {"ddil": common.half_forward})
 

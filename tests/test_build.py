@@ -186,8 +186,8 @@ def test_the_feature_network_of_a_data_set():
   built = build_lib.build(config)
   images, net = built.dataset.images[:5], built.parts.feature_net("")
   measuring, other = (build_lib.load_classifier(config, built.dataset, seed) for seed in (0, 1))
-  found = net.layers(net.load(), images, ("norm_0", "features"))
-  assert found["norm_0"].shape == (5, 8, 8, 16)
+  found = net.layers(net.load(), images, ("conv_0", "features"))
+  assert found["conv_0"].shape == (5, 8, 8, 16)
   np.testing.assert_allclose(found["features"][:, 0, 0], other.features(images), rtol=1e-4, atol=1e-5)
   assert np.abs(found["features"][:, 0, 0] - measuring.features(images)).max() > 0.01
   fresh = net.layers(net.init(jax.random.key(0)), images, ("features",))["features"]

@@ -94,15 +94,15 @@ def distillation_loss(process: Process, teacher: DenoiseFn, x: Array, t: Array, 
 
 
 def make(parts: Parts, num_steps: int = 4, period: int = 1, feature_net: str = "",
-         layers: tuple[str, ...] = ("norm_0", "norm_1"), distill_weight: float = 2.5,
+         layers: tuple[str, ...] = ("conv_0", "conv_1", "features"), distill_weight: float = 40.0,
          times: tuple[float, float] = (0.02, 0.98), r1_gamma: float = 1e-5) -> Objective:
   """ADD for a student of `num_steps` steps.
 
   Args:
     period: discriminator steps per student step.
     feature_net: "NAME:FILE" of published weights (`ddil list`), or "" for a small classifier of the data set.
-    layers: of that network, by name, each with a head of its own.
-    distill_weight: 0 is a GAN alone.
+    layers: of that network, by name, each with a head of its own. Those before a norm see how bright an image is.
+    distill_weight: 0 is a GAN alone. On a sum over pixels the paper's 2.5 is 2.5 H W C here.
     times: share of the noise range from which tau is drawn.
     r1_gamma: gamma; 0 is off.
 

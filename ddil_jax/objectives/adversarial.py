@@ -30,7 +30,7 @@ from ddil_jax.objectives.base import (IMAGES, Objective, Parts, Player, draw_noi
 from ddil_jax.registry import unknown
 from ddil_jax.states.base import cond_of
 
-KINDS = {"images": ("norm_0", "norm_1"), "teacher": ("bottleneck",)}  # and their layers by default
+KINDS = {"images": ("conv_0", "conv_1", "features"), "teacher": ("bottleneck",)}  # and their layers by default
 
 
 def on_teacher(parts: Parts, features: tuple[str, ...], times: tuple[float, float]) -> Discriminator:

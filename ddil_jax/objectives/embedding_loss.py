@@ -56,7 +56,7 @@ def embed(net: FeatureNet, params, images: Array, layers: tuple[str, ...]) -> Ar
 
 
 def make(parts: Parts, base: str = "dmd2", embedding_weight: float = 1.0, images: str = "walk", networks: int = 2,
-         embedding_net: str = "", embedding_layers: tuple[str, ...] = ("norm_0", "norm_1", "features"),
+         embedding_net: str = "", embedding_layers: tuple[str, ...] = ("conv_0", "conv_1", "features"),
          **options: Any) -> Objective:
   """`base` and the embedding loss of its student.
 

@@ -62,7 +62,7 @@ def test_random_networks_tell_images_apart():
 
   def loss(shift, fake, real, key):
     params = jax.vmap(net.init)(jax.random.split(key, 2))
-    x, y = (embedding_loss.embed(net, params, v, ("norm_0", "features")) for v in (fake + shift, real))
+    x, y = (embedding_loss.embed(net, params, v, ("conv_0", "features")) for v in (fake + shift, real))
     return embedding_loss.mmd_loss(x, y).mean()
 
   @jax.jit
