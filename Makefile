@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all bench study clean-venv
+.PHONY: demo demo-t2i test test-all bench study family clean-venv
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m launch.demo --workdir=runs/demo $(DEMO_FLAGS)
+
+# Text to image, on captioned emoji: DIR has noto_png128.zip and captions.jsonl (docs/user_guide.md).
+demo-t2i: $(VENV)/.ready
+	$(BIN)/python -m launch.demo_t2i --emoji=$(or $(EMOJI),data/emoji) --workdir=runs/emoji $(DEMO_FLAGS)
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n 2 --dist=loadgroup $(TEST_FLAGS)
@@ -20,6 +24,9 @@ bench: $(VENV)/.ready
 
 study: $(VENV)/.ready
 	$(BIN)/python -m launch.study --all --workdir=runs/study $(STUDY_FLAGS)
+
+# Every method, base and +DDIL, from one teacher with and without guidance: hours, resumable.
+family: study-family
 
 study-%: $(VENV)/.ready
 	$(BIN)/python -m launch.study $* --workdir=runs/study $(STUDY_FLAGS)

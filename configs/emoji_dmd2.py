@@ -13,7 +13,7 @@ from ddil_jax.sweep import product
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.generator(emoji(common.common()), name="dmd2", num_steps=4, period=3, critic_weight="v_mse",
                             weight_cap=20.0, gan_weight=0.0, gan_critic_weight=1e-2, gan_balance="fixed")
-  config.train.steps = 600
+  config.train.update(steps=600, batch_size=32)
   config.grid.name = "dmd2"
   config.teacher.guidance_scale = 2.0
   return common.apply(config, arg, {"smoke": text.smoke, "ddil": common.half_forward})

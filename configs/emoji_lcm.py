@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.guidance_embedding = 64
   config.teacher.guidance_scale = 2.0  # at which it is evaluated
   config.optimizer.update(name="adam", learning_rate=5e-4)
-  config.train.update(steps=600, batch_size=64, log_every=50, ema=(0.99,))
+  config.train.update(steps=600, batch_size=32, log_every=50, ema=(0.99,))
   config.eval.update(ema="0.99", sampler_steps=(2,))
   return common.apply(config, arg, {"smoke": text.smoke})
 

@@ -26,7 +26,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config = emoji(common.common())
   config.objective = ConfigDict(dict(name="denoising", weight="v_mse", label_dropout=0.1, sampler_steps=32))
   config.optimizer.update(name="adam", learning_rate=1e-3, schedule="cosine", warmup_steps=100)
-  config.train.update(steps=4000, batch_size=64, log_every=100, checkpoint_every=1000)
+  config.train.update(steps=5000, batch_size=32, log_every=100, checkpoint_every=1000)
   config.eval.update(sampler_steps=(4, 2), guidance_scales=(1.0, 2.0))
   return common.apply(config, arg, {"smoke": text.smoke})
 

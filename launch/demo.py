@@ -76,7 +76,7 @@ def demo(args) -> int:
   if not failed:
     failed = run_all(students, workdir, args.workers, retry=True, small=True)
 
-  rows = gather([teacher, *students], workdir)
+  rows = gather([teacher, *students], workdir, overview)
   if rows:
     print(f"report: {workdir / 'report.html'}   rows: {workdir / 'results.json'}   "
           f"({time.monotonic() - began:.0f} s in this sitting)")
@@ -85,8 +85,8 @@ def demo(args) -> int:
   return 1 if failed else 0
 
 
-def gather(done: list[Trial], workdir: pathlib.Path) -> list[dict]:
-  """Merges the runs' rows, writes the report, prints the table."""
+def gather(done: list[Trial], workdir: pathlib.Path, draw) -> list[dict]:
+  """Merges the runs' rows, writes the report, draws the picture with `draw(rows, workdir)`, prints the table."""
   from ddil_jax.evaluation import report
   from ddil_jax.files import write_json
   folders = [workdir / trial.name for trial in done if (workdir / trial.name / "results.json").exists()]
@@ -95,7 +95,7 @@ def gather(done: list[Trial], workdir: pathlib.Path) -> list[dict]:
   if rows:
     write_json(workdir / "results.json", rows)
     report.write_report(folders, workdir / "report.html")
-    overview(rows, workdir)
+    draw(rows, workdir)
     print(report.terminal_table(rows))
   return rows
 

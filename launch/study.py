@@ -22,8 +22,8 @@ from launch.sweep import compile_cache, exit_code, run_all
 
 INTERVENTION, CORRELATION = "intervention", "correlation"
 DIGITS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
-ON_GPU = "fashion_mnist"
-PARTS = (*DIGITS, "fashion_mnist_small", ON_GPU)
+ALONE = ("fashion_mnist", "family")  # for a GPU; for hours
+PARTS = (*DIGITS, "fashion_mnist_small", *ALONE)
 # Of the parts that name none of their own. The scales at which it is measured are those of its students.
 TEACHER = {"config": "configs/digits_teacher.py", "eval.guidance_scales": (1.0, 2.0, 3.0, 5.0)}
 
@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
   args = argparse.ArgumentParser(prog="launch.study", description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
   args.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}")
-  args.add_argument("--all", action="store_true", help=f"all parts but {ON_GPU}, which is for a GPU")
+  args.add_argument("--all", action="store_true", help="all parts but fashion_mnist, which is for a GPU, and family")
   args.add_argument("--workdir", default="runs/study", help="everything of the study lies here")
   args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
   args.add_argument("--retry", action="store_true", help="run failed trials again")
@@ -142,7 +142,7 @@ def _main(args) -> int:
   if unknown:
     raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION},"
                      f" {CORRELATION}")
-  everything = (*(part for part in PARTS if part != ON_GPU), INTERVENTION, CORRELATION)
+  everything = (*(part for part in PARTS if part not in ALONE), INTERVENTION, CORRELATION)
   parts = everything if args.all else args.parts
   if args.list or not parts:
     for part in PARTS:

@@ -19,7 +19,7 @@ def test_every_setting_has_its_seeds(part):
     setting = config.copy_and_resolve_references().unlock()
     setting.seed = 0
     seeds[setting.to_json_best_effort()].add(config.seed)
-  assert {len(found) for found in seeds.values()} == {3 if part.startswith(("reflection", "fashion")) else 5}
+  assert {len(found) for found in seeds.values()} == {3 if part.startswith(("reflection", "fashion", "family")) else 5}
   assert sum(map(len, seeds.values())) == len(trials)
 
 

@@ -1,0 +1,43 @@
+"""9. Every method at 4, 2 and 1 steps, base and +DDIL, from the teacher with and without guidance.
+
+Each run is one student of four steps that is sampled at two and one as well, with the lengths and rates of its config
+on digits. Methods whose own form has one step are trained in that form too.
+"""
+
+from ddil_jax.sweep import cross, product
+
+SEEDS = range(3)
+# Of a grid of many times, sampled at four of them.
+TRAJECTORY = ("cd", "lcm", "slam", "scott", "ctm", "adversarial", "scm", "meanflow", "twinflow", "regression")
+# Trained for a number of steps.
+OF_STEPS = ("tract", "boot", "diff_instruct", "dmd", "dmd2", "f_distill", "vsd", "sid", "moment_matching", "msd",
+            "embedding_loss", "add", "ladd", "gdd")
+ONE_STEP = ("diff_instruct", "dmd", "vsd", "gdd", "boot")
+# Their loss needs the clean image, so there is no +DDIL of them.
+CLEAN = ("ect", "tcm", "rf", "ufogen")
+# Of the teacher they use features or the start only, or are told the scale themselves.
+UNGUIDED = ("ladd", "gdd", "ufogen", "ect", "tcm")
+
+
+def _entries(name: str, fields: dict, ddil: bool = True) -> list[dict]:
+  scales = ({},) if name in UNGUIDED else ({}, {"teacher.guidance_scale": 3.0})
+  entry = {"config": f"configs/digits_{name}.py", **fields}
+  return cross([entry], [{"arg": arg} for arg in (("", "ddil") if ddil else ("",))], list(scales))
+
+
+def sweep() -> list[dict]:
+  """All of it; the guided students of guided distillation and AGD are told the scale."""
+  few = {"eval.sampler_steps": (2, 1)}
+  out = _entries("pd", {"train.stages": (4, 2, 1), "states.teacher_steps": 16})
+  for name in TRAJECTORY:
+    out += _entries(name, few)
+  for name in OF_STEPS:
+    out += _entries(name, few | {"objective.num_steps": 4})
+  for name in ONE_STEP:
+    out += _entries(name, {"objective.num_steps": 1, "eval.sampler_steps": ()})
+  for name in CLEAN:
+    out += _entries(name, few, ddil=False)
+  for name in ("guided", "agd"):
+    fields = few | {"objective.sampler_steps": 4, "eval.guidance_scales": (1.0, 3.0)}
+    out += cross([{"config": f"configs/digits_{name}.py", **fields}], product({"arg": ("", "ddil")}))
+  return cross(out, product({"seed": SEEDS}))
