@@ -17,7 +17,8 @@ def emoji(config: ConfigDict) -> ConfigDict:
   text.latents(config, "runs/emoji/data")
   config.model.file = text.unet("emoji")
   config.prediction.name = "v"
-  config.eval.update(extractor="clip:runs/emoji/models/clip.safetensors", metrics=METRICS, num_samples=1000,
+  clip = "clip:runs/emoji/models/clip.safetensors"
+  config.eval.update(extractor=clip, captions=clip, metrics=METRICS, num_samples=1000,
                      batch_size=250, shift_samples=300)
   return config
 

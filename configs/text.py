@@ -28,7 +28,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
   config.data.update(name="fake_text", path="")
   config.model.update(file=unet("tiny"), dtype="float32", remat="none")
   config.teacher.update(path="", dtype="float32")
-  config.eval.update(extractor="", metrics=("fd", "saturation"))
+  config.eval.update(extractor="", captions="", metrics=("fd", "saturation"))
   return config
 
 
@@ -37,7 +37,7 @@ def of_size(name: str, latent_size: int):
   def planned(config: ConfigDict) -> ConfigDict:
     config.data.update(name="fake_text", path="", image_size=latent_size)
     config.model.file = unet(name)
-    config.eval.update(extractor="", num_samples=100, shift_samples=0)
+    config.eval.update(extractor="", captions="", num_samples=100, shift_samples=0)
     return config
   return planned
 
@@ -54,5 +54,5 @@ def published(config: ConfigDict, model: str, data: str) -> ConfigDict:
   config.states.update(teacher_steps=16, capacity=16 * config.train.batch_size)
   config.train.update(parallel="mesh", checkpoint_every=1000, ema=(0.999,))
   config.eval.update(extractor="inception:models/inception.safetensors", metrics=("fd", "density", "coverage"),
-                     num_samples=30_000, batch_size=64, reference="test", shift_samples=0)
+                     captions="clip:models/clip.safetensors", num_samples=30_000, batch_size=64, reference="test", shift_samples=0)
   return config

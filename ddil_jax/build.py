@@ -155,6 +155,8 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
     if built.dataset.pixels is None:
       raise UsageError(f"the data set {built.dataset.name} has no images to compare decoded samples with: `ddil prepare"
                        " --keep_images` stores them next to the latents")
+  if config.eval.get("captions", "") and built.dataset.tokens is None:
+    raise UsageError(f"config.eval.captions={config.eval.captions}: the data set {built.dataset.name} has no prompts")
   images = len(built.dataset.images) if config.eval.reference == "train" else None
   try:
     results.check(config.eval.metrics, config.eval.num_samples, images, evaluation_options(config))
@@ -180,7 +182,7 @@ def pixel_shape(dataset: Dataset) -> tuple[int, int, int]:
 
 def check_networks(config: ConfigDict, image_shape) -> None:
   """Raises UsageError for published weights of config.eval that are not there, or do not do for such images."""
-  for field in ("extractor", "lpips"):
+  for field in ("extractor", "lpips", "captions"):
     if text := config.eval.get(field, ""):
       check_extractor(field, text, config.eval.metrics, image_shape)
 
@@ -191,8 +193,10 @@ def check_extractor(field: str, text: str, metrics: tuple[str, ...], image_shape
   logits, _ = jax.eval_shape(module.apply, variables, jnp.zeros((1, *image_shape)))
   if field == "extractor":
     results.check_logits(set(metrics) - {"class_accuracy"}, logits.shape[-1], name)
-  elif not name.startswith("lpips"):
+  elif field == "lpips" and not name.startswith("lpips"):
     raise UsageError(f"lpips={text}: lpips-alex:FILE or lpips-vgg:FILE is expected")
+  elif field == "captions" and not name.startswith("clip"):
+    raise UsageError(f"captions={text}: clip:FILE is expected")
 
 
 def evaluation_options(config: ConfigDict) -> results.Options:

@@ -69,8 +69,12 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
                                       config.eval.seed, cond, config.eval.batch_size, devices)
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
-    measured = measure_images(config, shown, config.eval.num_samples, labels if classes > 1 else None, reference, name,
-                              networks, metrics)
+    agreement = caption_agreement(config, data)
+    measured = measure_images(config, agreement.tap(shown) if agreement else shown, config.eval.num_samples,
+                              labels if classes > 1 else None, reference, name, networks, metrics)
+    if agreement:
+      own = agreement.measured()
+      measured = results.Measured(measured.values | own.values, measured.intervals | own.intervals)
     row = what(config, built, sampler) | {
         "metrics": measured.values, "intervals": {name: i._asdict() for name, i in measured.intervals.items()},
         "shift": [], "network_evaluations": sampler.network_evaluations, "seconds": round(seconds, 2), "samples": ""}
@@ -165,6 +169,28 @@ def _autoencoder(path: str):
   return module, params
 
 
+def caption_agreement(config, data: Dataset) -> perceptual.CaptionAgreement | None:
+  """With what `eval.captions` measures samples of the set's prompts; None where it is "".
+
+  Raises:
+    UsageError: CLIP reads prompts of another length than the set's tokens have.
+  """
+  if not config.eval.get("captions", ""):
+    return None
+  extractor = load_published(config, "captions", build_lib.pixel_shape(data))
+  _, module, variables = extractors.from_config(config.eval.captions, config.eval.get("quantise", True))
+  captions = prompts(data, config.eval.num_samples)
+  first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
+  tokens = np.asarray(data.tokens[_chosen(data, config.eval.num_samples)[sorted(first.values())]])
+  if tokens.shape[1] != module.length:
+    raise UsageError(f"config.eval.captions={config.eval.captions} reads {module.length} tokens, those of {data.name} are"
+                     f" {tokens.shape[1]}: it has to be a CLIP with the tokenizer of the set")
+  number = {captions[i]: k for k, i in enumerate(sorted(first.values()))}
+  return perceptual.CaptionAgreement(extractor, perceptual.text_features(module, variables, tokens),
+                                     np.array([number[caption] for caption in captions]),
+                                     options=build_lib.evaluation_options(config))
+
+
 class Networks(NamedTuple):
   """What images are measured with.
 
@@ -199,7 +225,7 @@ def load_published(config, field: str, image_shape) -> features.Extractor | None
   return _published(text, quantise, tuple(image_shape), config.train.parallel) if text else None
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _published(text, quantise, image_shape, mode):
   name, module, variables = extractors.from_config(text, quantise)
   # Inception's maps of 299x299 images take 30 MiB an image.

@@ -27,7 +27,8 @@ SHOWN = 8  # prompts in the picture
 def trials(workdir: pathlib.Path, seeds: int = 1, smoke: bool = False) -> list[Trial]:
   """The teacher's run and the students'; with `smoke` two steps each."""
   models, data = workdir / "models", workdir / "data"
-  common = {"data.path": str(data), "eval.extractor": f"clip:{models / 'clip.safetensors'}"}
+  clip = f"clip:{models / 'clip.safetensors'}"
+  common = {"data.path": str(data), "eval.extractor": clip, "eval.captions": "" if smoke else clip}
   if smoke:
     common |= {"train.steps": "2", "eval.num_samples": "8", "eval.batch_size": "8", "eval.shift_samples": "0",
                "eval.metrics": "('fd',)", "eval.sampler_steps": "()"}

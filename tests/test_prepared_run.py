@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddil_jax import build, files, prepare, prompting
+from ddil_jax import build, files, measure, prepare, prompting
 from ddil_jax import config as config_lib
 from ddil_jax.config import folder
-from ddil_jax.data import prepared
+from ddil_jax.data import fake, prepared
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import extractors, weights
 from ddil_jax.main import main
@@ -125,6 +125,34 @@ def test_own_prompts_are_encoded_as_those_of_the_set(made, pipeline_folder):  # 
   cond = prompting.conditions(data, encode, data.captions[:3], 2)
   np.testing.assert_allclose(cond["text"], np.repeat(data.cond["text"][:3], 2, axis=0), atol=1e-5)
   assert cond["label"].tolist() == [0] * 6
+
+
+def test_agreement_with_the_prompts_of_the_samples(extractor):
+  """Images that are drawn for the prompts of `conditions`, in its order; a caption that two examples have counts once."""
+  rng = np.random.default_rng(0)
+  data = fake.load_text(num_examples=120, image_size=14, channels=3)
+  data = data._replace(tokens=rng.integers(0, 9, (120, 5)).astype(np.int32), captions=[f"number {i}" for i in range(120)])
+  data.tokens[7], data.captions[7] = data.tokens[3], data.captions[3]
+  config = config_lib.load("configs/emoji_lcm.py:smoke", {
+      "eval.captions": f"clip:{extractor}", "eval.num_samples": "130", "eval.quantise": "False"})
+  agreement = measure.caption_agreement(config, data)
+  images = rng.uniform(-1, 1, (130, 14, 14, 3)).astype(np.float32)
+  for _ in agreement.tap([images[:100], images[100:]]):
+    pass
+  values = {name.partition("@")[0]: value for name, value in agreement.measured().values.items()}
+  assert set(values) == {"clip_score", "r_precision"}
+
+  _, module, variables = extractors.from_config(f"clip:{extractor}", False)
+  index = [data.captions.index(prompt) for prompt in measure.prompts(data, 130)]
+  seen = np.asarray(module.apply(variables, images, method="image_features"))
+  read = np.asarray(module.apply(variables, data.tokens[index], method="text_features"))
+  unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
+  assert values["clip_score"] == pytest.approx(100 * np.maximum((unit(seen) * unit(read)).sum(1), 0).mean(), rel=1e-4)
+
+  with pytest.raises(UsageError, match="reads 5 tokens, those of fake_text are 4"):
+    measure.caption_agreement(config, data._replace(tokens=data.tokens[:, :4]))
+  with pytest.raises(UsageError, match="the data set fake_text has no prompts"):
+    build.build(config)
 
 
 @pytest.mark.slow  # 40 CPU seconds; the networks' folders themselves are compared in tests/parity

@@ -27,6 +27,7 @@ class Dataset(NamedTuple):
     cond: what an example is conditioned on beside its label, rows [N, ...].
     null: the same without N: the empty prompt.
     captions: str [N], or ().
+    tokens: int32 rows [N, T] of the captions as their text encoder read them, or None.
     pixels: images float32 [N, H, W, C] in [-1, 1] where `images` are latents, or None.
     decoder: file of the autoencoder that decodes `images`; "" where they are pixels.
     bounds: (lo per channel, hi per channel) of the latents, or None.
@@ -41,6 +42,7 @@ class Dataset(NamedTuple):
   cond: Mapping[str, Rows] = {}
   null: Mapping[str, np.ndarray] = {}
   captions: Sequence[str] = ()
+  tokens: Rows | None = None
   pixels: Rows | None = None
   decoder: str = ""
   bounds: tuple[tuple[float, ...], tuple[float, ...]] | None = None

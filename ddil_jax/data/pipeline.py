@@ -211,6 +211,7 @@ def subset(dataset: Dataset, fraction: float) -> Dataset:
       images=dataset.images[kept], labels=dataset.labels[kept],
       cond={name: rows[kept] for name, rows in dataset.cond.items()},
       captions=[dataset.captions[i] for i in kept] if dataset.captions else (),
+      tokens=None if dataset.tokens is None else dataset.tokens[kept],
       pixels=None if dataset.pixels is None else dataset.pixels[kept])
 
 

@@ -194,7 +194,7 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
     raise UsageError(f"{decoder} is missing; {_AGAIN}")
   records = _Records(folder, index, split)
   fields = {name: (tuple(field["shape"]), np.dtype(field["dtype"])) for name, field in index.fields.items()}
-  columns = {name: _Column(records, name, *field) for name, field in fields.items() if name != "tokens"}
+  columns = {name: _Column(records, name, *field) for name, field in fields.items()}
   captions: Sequence[str] = _Captions(records)
   if sum(column.dtype.itemsize * int(np.prod(column.shape)) for column in columns.values()) < _IN_MEMORY:
     records.verify()
@@ -208,6 +208,7 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
       "prepared", images, np.zeros(len(records), np.int32), 1,
       (min(bounds[0]), max(bounds[1])) if bounds else (0.0, 255.0), split, _skipped(folder),
       cond={name: columns[name] for name in COND if name in columns}, null=_null(folder, index), captions=captions,
+      tokens=columns.get("tokens"),
       pixels=columns.get("pixels") if latents else None,
       decoder=str(decoder or ""), bounds=bounds)
 

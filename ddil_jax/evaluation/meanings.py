@@ -29,6 +29,8 @@ METRICS = {
     "vendi": Meaning("Vendi score", "higher", "effective number of unlike samples"),
     "diversity": Meaning("diversity", "", "mean distance of two samples of a class; the data have one too"),
     "lpips_diversity": Meaning("LPIPS-diversity", "", "mean LPIPS of two samples of a class; the data have one too"),
+    "clip_score": Meaning("CLIP score", "higher", "100 x cosine of an image and its prompt; the data have one too"),
+    "r_precision": Meaning("R-precision", "higher", "share of samples whose own prompt CLIP finds among 100"),
     "inception_score": Meaning("inception score", "higher", "sure and evenly spread classes"),
     "inception_score_std": Meaning("deviation of the inception score", "", "over parts of the samples"),
     "saturation": Meaning("saturation", "", "share of pixels at the bound, good or bad only against the data's own"),
