@@ -93,6 +93,7 @@ def common() -> ConfigDict:
       metrics=("fd", "kd", "precision", "recall", "density", "coverage", "class_accuracy", "saturation"),
       extractor="",  # "" is a small classifier trained on the set; or NAME:FILE of published weights, `ddil list`
       lpips="",  # lpips-alex:FILE or lpips-vgg:FILE adds LPIPS-diversity
+      samples_per_prompt=1,  # more, one after the other, for the diversity of samples of one prompt
       captions="",  # clip:FILE adds, of samples of prompts, CLIP score and R-precision
       quantise=True,  # samples and reference to 8-bit levels before those two, as if they came from files
       bootstrap=0,  # half-samples for an interval of every metric, 100 for instance; 0 is none

@@ -110,7 +110,8 @@ _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1)
              ("teacher.guidance_embedding", 0), ("teacher.channels", 0),
              ("teacher.num_res_blocks", 0), ("optimizer.learning_rate", 0), ("optimizer.critic_learning_rate", 0),
              ("optimizer.warmup_steps", 0), ("optimizer.clip", 0), ("states.dagger_probability", 0),
-             ("eval.num_samples", 6), ("eval.batch_size", 1), ("eval.shift_samples", 0), ("eval.diagnose_every", 0),
+             ("eval.num_samples", 6), ("eval.samples_per_prompt", 1),
+             ("eval.batch_size", 1), ("eval.shift_samples", 0), ("eval.diagnose_every", 0),
              ("objective.num_steps", 1), ("objective.sampler_steps", 1), ("objective.num_scales", 1))
 
 

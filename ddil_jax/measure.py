@@ -59,8 +59,10 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   networks = load_networks(config, build_lib.pixel_shape(built.dataset), metrics, built.dataset)
   reference = InMemory(data.images if data.pixels is None else data.pixels[np.arange(len(data.labels))])
   name = reference_name(data.name, config.eval.reference, reference, networks)
-  cond = conditions(data, config.eval.num_samples)
-  labels = cond["label"]
+  each = config.eval.get("samples_per_prompt", 1)
+  cond = conditions(data, config.eval.num_samples, each)
+  # Whose samples are compared with each other by the measures of diversity.
+  alike = cond["label"] if classes > 1 else _chosen(data, config.eval.num_samples, each) if each > 1 else None
   params, rows = devices.whole(params), []
   teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
   for sampler in samplers.samplers(config, built):
@@ -71,7 +73,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     agreement = caption_agreement(config, data)
     measured = measure_images(config, agreement.tap(shown) if agreement else shown, config.eval.num_samples,
-                              labels if classes > 1 else None, reference, name, networks, metrics)
+                              alike, reference, name, networks, metrics)
     if agreement:
       own = agreement.measured()
       measured = results.Measured(measured.values | own.values, measured.intervals | own.intervals)
@@ -124,21 +126,25 @@ def measure_images(config, batches, num: int, labels, reference: ImageSet, name:
                           measured.intervals | ({of_lpips: interval} if interval else {}))
 
 
-def conditions(dataset: Dataset, num: int) -> dict[str, np.ndarray]:
-  """What `num` samples are conditioned on: classes in turn, and the set's prompts in a fixed random order."""
-  index = _chosen(dataset, num)
+def conditions(dataset: Dataset, num: int, each: int = 1) -> dict[str, np.ndarray]:
+  """What `num` samples are conditioned on: classes in turn, and the set's prompts in a fixed random order.
+
+  Args:
+    each: samples of a prompt, one after the other.
+  """
+  index = _chosen(dataset, num, each)
   return {"label": sampling.balanced_labels(num, dataset.num_classes),
           **{name: rows[index] for name, rows in dataset.cond.items()}}
 
 
-def prompts(dataset: Dataset, num: int) -> list[str]:
+def prompts(dataset: Dataset, num: int, each: int = 1) -> list[str]:
   """The captions of `conditions`."""
-  return [dataset.captions[i] for i in _chosen(dataset, num)]
+  return [dataset.captions[i] for i in _chosen(dataset, num, each)]
 
 
-def _chosen(dataset: Dataset, num: int) -> np.ndarray:
+def _chosen(dataset: Dataset, num: int, each: int) -> np.ndarray:
   order = np.random.default_rng(0).permutation(len(dataset.labels))
-  return order[np.arange(num) % len(order)]
+  return order[np.arange(num) // each % len(order)]
 
 
 def draw_with(sampler: samplers.Sampler, params, teacher=None, decoder: str = ""):
@@ -179,9 +185,10 @@ def caption_agreement(config, data: Dataset) -> perceptual.CaptionAgreement | No
     return None
   extractor = load_published(config, "captions", build_lib.pixel_shape(data))
   _, module, variables = extractors.from_config(config.eval.captions, config.eval.get("quantise", True))
-  captions = prompts(data, config.eval.num_samples)
+  each = config.eval.get("samples_per_prompt", 1)
+  captions = prompts(data, config.eval.num_samples, each)
   first = {caption: i for i, caption in reversed(list(enumerate(captions)))}
-  tokens = np.asarray(data.tokens[_chosen(data, config.eval.num_samples)[sorted(first.values())]])
+  tokens = np.asarray(data.tokens[_chosen(data, config.eval.num_samples, each)[sorted(first.values())]])
   if tokens.shape[1] != module.length:
     raise UsageError(f"config.eval.captions={config.eval.captions} reads {module.length} tokens, those of {data.name} are"
                      f" {tokens.shape[1]}: it has to be a CLIP with the tokenizer of the set")

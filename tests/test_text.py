@@ -63,6 +63,9 @@ def test_samples_follow_the_prompts_of_the_set(lcm):
   np.testing.assert_array_equal(more["text"][n:], some["text"])
   assert (np.unique(more["text"][:n, 0, 0], return_counts=True)[1]
           == np.unique(built.dataset.cond["text"][:, 0, 0], return_counts=True)[1]).all()
+  thrice = measure.conditions(built.dataset, 20, each=3)
+  np.testing.assert_array_equal(thrice["text"], np.repeat(some["text"], 3, axis=0)[:20])
+  assert measure.prompts(built.dataset, 20, each=3)[3:6] == measure.prompts(built.dataset, 2)[1:] * 3
 
 
 def test_bounds_of_the_latents(lcm):
