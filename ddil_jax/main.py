@@ -85,6 +85,13 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument(f"--{flag}", default="", metavar=text, help="with which the set was prepared; for --prompt")
   sample.add_argument("--folder", default="", metavar="DIR", help="write every sample to a file of its own too")
   sample.add_argument("--seed", type=int, default=0)
+  serve = command("serve", "a page in the browser: student and teacher side by side (`pip install"
+                  " ddil-jax[serve]`)")
+  for flag, text in (("text_encoder", "FILE"), ("text_encoder_2", "FILE"), ("tokenizer", "FOLDER")):
+    serve.add_argument(f"--{flag}", default="", metavar=text, help="with which the set was prepared, of a run that reads"
+                       " text")
+  serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
+  serve.add_argument("--port", type=int, default=7860)
   report = command("report", "compare runs: tables and figures as one HTML file", config=False)
   report.add_argument("runs", nargs="+", metavar="RUN", help="a run, a directory of runs, or a sweep")
   report.add_argument("--out", default="report.html", metavar="FILE.html")
@@ -235,6 +242,10 @@ def _run(args, overrides) -> int:
     written = trained.sample(config, args.workdir, num, args.seed, args.out, args.steps, args.prompt,
                              (args.text_encoder, args.text_encoder_2), args.tokenizer, args.folder)
     print(f"wrote {written}")
+  elif args.command == "serve":
+    from ddil_jax import serve
+    serve.serve(config, args.workdir, (args.text_encoder, args.text_encoder_2), args.tokenizer, args.host, args.port,
+                lambda line: print(line, flush=True))
   elif args.shift:
     from ddil_jax.evaluation import shift_figures
     print(shift_figures.table(trained.evaluate_shift(config, args.workdir)))

@@ -14,7 +14,7 @@ from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import release
-from ddil_jax.objectives.base import bind, subset
+from ddil_jax.objectives.base import bind, guided_teacher, subset
 from ddil_jax.types import Array, Cond, Params
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Sampler(NamedTuple):
   """One way to draw images from a trained network.
 
   Attributes:
-    steps, guidance_scale: as reported.
+    steps, guidance_scale: as reported; the scale is None where cond["guidance_scale"] says it at each call.
     network_evaluations: per image.
     grid: [steps+1] times.
     policy: params -> Policy.
@@ -34,7 +34,7 @@ class Sampler(NamedTuple):
     with_teacher: the teacher takes some of the steps: the params of `sample` are (student's, teacher's).
   """
   steps: int
-  guidance_scale: float
+  guidance_scale: float | None
   network_evaluations: int
   grid: np.ndarray
   policy: Callable[[Params], Policy]
@@ -52,7 +52,7 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
   """
   counts = [steps] if steps is not None else [len(built.objective.sampler_grid) - 1, *config.eval.sampler_steps]
   scales = config.eval.guidance_scales or (config.teacher.guidance_scale,)
-  reads_scale = bool(getattr(config.objective, "guidance_range", ()))
+  reads_scale = reads_guidance(config)
   if len(scales) > 1 and not reads_scale and built.objective.name != "denoising":
     raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has one scale folded in")
   folded = config.teacher.folded_guidance_scale
@@ -61,6 +61,36 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
   shift = time_shift(config, built)
   found = [_sampler(built, shift, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
   return [_with_teacher(built, sampler, config) for sampler in found] if config.eval.teacher_acts else found
+
+
+def reads_guidance(config: ConfigDict) -> bool:
+  """Whether a run's student is given the guidance scale with each call."""
+  return bool(getattr(config.objective, "guidance_range", ()))
+
+
+def of_student(config: ConfigDict, built: "Built", steps: int, guidance_scale: float | None) -> Sampler:
+  """The run's network alone in a number of steps; with None, cond["guidance_scale"] [B] says the scale at each call.
+
+  Raises:
+    UsageError: more steps than the student was trained for.
+  """
+  return _sampler(built, time_shift(config, built), _sampler_grid(built, steps), guidance_scale, reads_guidance(config),
+                  config.teacher.folded_guidance_scale)
+
+
+def of_teacher(config: ConfigDict, built: "Built", steps: int, guidance_scale: float | None) -> Sampler:
+  """The DDIM of the teacher of a student's run, as `of_student`; its `sample` takes the teacher's parameters."""
+  def policy(params):
+    return solvers.ddim()(built.parts.process, guided_teacher(built.parts, guidance_scale)(params))
+
+  def sample(params, keys, cond):
+    x_T = prior(built.parts.process, keys, jnp.zeros(keys.shape + built.parts.image_shape))
+    return rollout(policy(params), x_T, grid, cond, keys)
+
+  grid = built.parts.make_grid(steps)
+  calls = steps * (1 if guidance_scale == 1 else 2)
+  return Sampler(steps, config.teacher.folded_guidance_scale or guidance_scale, calls, grid, policy, lambda cond: cond,
+                 sample)
 
 
 def _with_teacher(built: "Built", sampler: Sampler, config: ConfigDict) -> Sampler:
@@ -116,8 +146,8 @@ def time_shift(config: ConfigDict, built: "Built") -> transforms.Transform:
     raise UsageError(f"config.eval.time_shift: {error}") from None
 
 
-def _sampler(built: "Built", shift: transforms.Transform, grid: np.ndarray, guidance_scale: float, reads_scale: bool,
-             folded: float) -> Sampler:
+def _sampler(built: "Built", shift: transforms.Transform, grid: np.ndarray, guidance_scale: float | None,
+             reads_scale: bool, folded: float) -> Sampler:
   objective, parts, steps = built.objective, built.parts, len(grid) - 1
   is_teacher = objective.name == "denoising"
 
@@ -128,8 +158,9 @@ def _sampler(built: "Built", shift: transforms.Transform, grid: np.ndarray, guid
     return objective.solver(parts.process, parts.reflect_sampler(shift(denoise)))
 
   def condition(cond):
-    like = jnp.zeros(cond["label"].shape, jnp.float32)
-    return {**cond, "guidance_scale": like + guidance_scale} if reads_scale else cond
+    if not reads_scale or guidance_scale is None:
+      return cond
+    return {**cond, "guidance_scale": jnp.zeros(cond["label"].shape, jnp.float32) + guidance_scale}
 
   def sample(params, keys, cond):
     x_T = prior(parts.process, keys, jnp.zeros(keys.shape + parts.image_shape))

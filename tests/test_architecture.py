@@ -21,7 +21,7 @@ ALLOWED = {  # folder -> what it may import of the package, besides BASE and its
     "interop": {"diffusion", "models"},
 }
 COMPOSE = {"config.py", "sweep.py", "build.py", "samplers.py", "measure.py", "measure_files.py", "plan.py", "prepare.py",
-           "prompting.py", "shift.py", "trained.py", "runs.py", "main.py", "__main__.py"}
+           "prompting.py", "shift.py", "trained.py", "runs.py", "serve.py", "main.py", "__main__.py"}
 
 
 def imported(path: pathlib.Path) -> set[str]:

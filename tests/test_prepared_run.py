@@ -3,11 +3,12 @@
 import json
 
 import flax
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddil_jax import build, files, measure, prepare, prompting
+from ddil_jax import build, files, measure, prepare, prompting, serve, trained
 from ddil_jax import config as config_lib
 from ddil_jax.config import folder
 from ddil_jax.data import fake, prepared
@@ -155,6 +156,23 @@ def test_agreement_with_the_prompts_of_the_samples(extractor):
     build.build(config)
 
 
+def test_own_prompts_are_drawn_for_the_page(made, extractor, pipeline_folder, monkeypatch):  # noqa: F811
+  """One that is too long is cut, and the page is told."""
+  config = config_lib.load("configs/emoji_lcm.py:smoke", {"data.name": "prepared", "data.path": str(made[0]),
+                                                          "data.image_size": "0", "model.file": str(made[1]),
+                                                          "eval.extractor": f"clip:{extractor}"})
+  monkeypatch.setattr(trained, "load_teacher", lambda config, built: built.init_teacher(jax.random.key(0)))
+  monkeypatch.setattr(trained, "params_of", lambda config, built, workdir: (
+      built.objective.init(jax.random.key(0), built.init_teacher(jax.random.key(0)))["student"], {}))
+  with pytest.raises(UsageError, match="--text_encoder=FILE is needed"):
+    serve.Drawing(config, "run")
+  drawing = serve.Drawing(config, "run", [f"{pipeline_folder / 'text_encoder'}.safetensors"],
+                          str(pipeline_folder / "tokenizer"))
+  assert drawing.reads_text and not drawing.classes and drawing.guidance == (1, 3, 2)
+  drawn = drawing.draw(drawing.sides[0], 1, serve.Request("a cat " + "of wool " * 20, num=1, guidance_scale=2.0))
+  assert drawn.images.shape == (1, 16, 16, 3) and "has more than 12 tokens" in drawn.notes[0]
+
+
 @pytest.mark.slow  # 40 CPU seconds; the networks' folders themselves are compared in tests/parity
 def test_a_student_that_reads_the_scale_is_exported(tmp_path):
   """LCM's embedding of the guidance scale comes with it, and diffusers gives the student's output."""
@@ -162,7 +180,6 @@ def test_a_student_that_reads_the_scale_is_exported(tmp_path):
   import jax.numpy as jnp
   import torch
 
-  from ddil_jax import trained
   run, out = tmp_path / "run", tmp_path / "student"
   assert main(["train", "--config=configs/emoji_lcm.py:smoke", f"--workdir={run}", *SHORT]) == 0
   assert main(["export", str(run), f"--out={out}"]) == 0
