@@ -99,14 +99,14 @@ def overview(rows: list[dict], workdir: pathlib.Path) -> None:
   height, left = 0.62, 0.24
   figure = Figure(figsize=(height * SHOWN / (1 - left), height * (len(order) + 1)), dpi=150)
   for i, caption in enumerate(captions):
-    figure.text(left + (i + 0.5) * (1 - left) / SHOWN, 1 - 0.5 / (len(order) + 1), textwrap.fill(caption, 11),
-                ha="center", va="center", fontsize=5.5)
+    words = textwrap.fill(caption, 11, break_long_words=False)
+    figure.text(left + (i + 0.5) * (1 - left) / SHOWN, 1 - 0.5 / (len(order) + 1), words, ha="center", va="center",
+                fontsize=5.5)
   for i, row in enumerate(order, start=1):
     picture = Image.open(workdir / row["samples"])
-    columns = 10
-    side = picture.width // columns
+    side = (picture.width + 1) // 10  # ten in a row, a pixel between them
     axes = figure.add_axes((left, 1 - (i + 1) / (len(order) + 1), 1 - left, 0.95 / (len(order) + 1)))
-    axes.imshow(picture.crop((0, 0, SHOWN * side, side)))
+    axes.imshow(picture.crop((0, 0, SHOWN * side - 1, side - 1)))
     axes.axis("off")
     figure.text(0.01, 1 - (i + 0.55) / (len(order) + 1), va="center", fontsize=7,
                 s=f"{names[row['objective']]} {row['variant'].replace('base', '')} {row['steps']} steps")
