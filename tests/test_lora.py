@@ -90,7 +90,9 @@ def test_networks_that_take_no_lora(change, options, said):
 # Methods -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, players", CASES)
+# Student and critic in one; the others in `make test-all`, since nearly all of the time is compiling.
+@pytest.mark.parametrize("name, players", [
+    pytest.param(*case, marks=[] if case == CASES[2] else [pytest.mark.slow]) for case in CASES])
 def test_single_equals_split_mesh_equals_pmap(name, players):
   """Factors and heads learn, nothing else is kept of a player, and devices do not matter."""
   parts, objective = make(name, players)
@@ -164,6 +166,7 @@ def test_players_that_take_no_lora(name, players, said):
     objective.init(jax.random.key(0), TEACHER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(registry.names("objectives")) - {"agd", "denoising", "msd"}))
 def test_every_method_takes_it(name):
   """Its step can be traced, and gives the state that it took; whatever else the student is told or reads."""

@@ -69,6 +69,7 @@ def test_continued_evaluated_and_sampled(tmp_path, states, refuse, teacher):  # 
   assert "the project's own UNet" in line
 
 
+@pytest.mark.slow
 def test_each_stage_is_merged_for_the_next(tmp_path, teacher):
   """The teacher of the second stage is the student of the first, and a run of a whole student takes the last."""
   run, own = tmp_path / "run", tmp_path / "teacher.safetensors"

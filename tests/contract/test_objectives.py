@@ -56,8 +56,9 @@ def largest_difference(a, b):
 
 BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
 # Nearly all time is compiling, so what the family shows a second time runs in `make test-all`.
-MODES = [pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "pmap" and name not in BASE else [])
-         for name in NAMES for mode in ("mesh", "pmap")]
+AROUND = ("adversarial", "embedding_loss")  # another method, which is here by itself
+MODES = [pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "pmap" and name not in BASE or name in AROUND
+                      else []) for name in NAMES for mode in ("mesh", "pmap")]
 
 
 @pytest.mark.parametrize("name, mode", MODES)

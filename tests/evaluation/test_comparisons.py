@@ -82,7 +82,7 @@ def test_each_metric_knows_its_direction_and_unlike_names_share_no_table():
 
 
 def test_every_metric_has_a_meaning():
-  assert {*results.METRICS, "lpips_diversity"} == set(meanings.METRICS)
+  assert {*results.METRICS, "lpips_diversity", "clip_score", "r_precision"} == set(meanings.METRICS)
   assert meanings.of(FD).better == "lower" and meanings.of("mine@5/-/-") == ("mine", "", "")
 
 

@@ -88,6 +88,7 @@ def test_refuses(tmp_path, capsys):
   assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow  # compiling the networks takes half a minute
 def test_the_autoencoder(made):
   data, out = made
   module, params, about = diffusers.load(out / emoji_models.VAE)
@@ -100,6 +101,7 @@ def test_the_autoencoder(made):
     assert picture.size == (64, 64 + 1 + 64)  # one image above what became of it
 
 
+@pytest.mark.slow
 def test_the_text_encoder_is_that_of_clip(made):
   _, out = made
   tokens = clip.tokenize(out / emoji_models.TOKENIZER, ["square 3", "two words", "Zebra, 12"], emoji_models.LENGTH)
@@ -122,6 +124,7 @@ def test_the_text_encoder_is_that_of_clip(made):
   np.testing.assert_allclose(states.pooled, wanted.pooler_output, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_image_tower_is_an_extractor(made):
   data, out = made
   name, module, variables = extractors.from_config(f"clip:{out / emoji_models.CLIP}", True)
@@ -130,6 +133,7 @@ def test_the_image_tower_is_an_extractor(made):
   assert name == "clip-uint8" and features.shape == (28, 64) and np.ptp(features, axis=0).min() > 0
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(made, monkeypatch, capsys):
   data, out = made
   before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}

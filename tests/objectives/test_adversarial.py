@@ -30,7 +30,7 @@ def setting(options, parts=None, teacher=None):
   return objective, view, states, batch, keys
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", ["ctm", "scott", pytest.param("dmd2", marks=pytest.mark.slow)])
 def test_weight_0_is_the_base_method(base):
   parts, teacher = toys.toy_parts(), toys.toy_init(jax.random.key(7))
   none = make_objective("adversarial", parts, dict(base=base, adversarial_weight=0.0) | BASES[base])

@@ -99,7 +99,7 @@ def test_with_one_step_the_walk_is_the_jump():
     assert np.abs(found[base, 2, "walk"] - found[base, 2, "jump"]).max() > 1e-4
 
 
-@pytest.mark.parametrize("base", ["dmd2", "pd"])
+@pytest.mark.parametrize("base", [pytest.param("dmd2", marks=pytest.mark.slow), "pd"])
 def test_it_is_added_to_the_base_method(base):
   """Weight 0 is the method itself, bit for bit; another weight adds the metric so often."""
   parts, teacher = toys.toy_parts(), toys.toy_init(jax.random.key(7))

@@ -31,7 +31,8 @@ def learned(delta):
   return jax.tree.map(lambda v: rng.standard_normal(v.shape).astype(np.float32) * 0.3, delta)
 
 
-@pytest.mark.parametrize("name, config", [("UNet2DConditionModel", SD15), ("UNet2DModel", DDPM)])
+@pytest.mark.parametrize("name, config", [("UNet2DConditionModel", SD15),
+                                           pytest.param("UNet2DModel", DDPM, marks=pytest.mark.slow)])
 def test_their_network_with_our_lora_is_ours_merged(name, config, tmp_path):
   """Attention, dense layers and convolutions, with a scale that is not 1."""
   model, module, params = both(name, config)
