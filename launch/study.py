@@ -21,7 +21,8 @@ from ddil_jax.sweep import Trial
 from launch.sweep import compile_cache, exit_code, run_all
 
 INTERVENTION, CORRELATION = "intervention", "correlation"
-DIGITS = ("methods", "guided", "sources", "priors", "replay", "reflection", "regimes")
+DIGITS = ("methods", "methods_dmd2", "guided", "sources", "sources_dmd2", "priors", "replay", "reflection",
+          "reflection_target", "regimes", "regimes_dmd2")
 ALONE = ("fashion_mnist", "family")  # for a GPU; for hours
 PARTS = (*DIGITS, "fashion_mnist_small", *ALONE)
 # Of the parts that name none of their own. The scales at which it is measured are those of its students.
@@ -59,7 +60,7 @@ def intervene(workdir: pathlib.Path) -> str:
     UsageError: no four-step students are there.
   """
   compile_cache(workdir)
-  students = [path.parent for part in ("methods", "guided") for path in sorted((workdir / part).glob("**/config.json"))
+  students = [path.parent for part in ("methods", "methods_dmd2", "guided") for path in sorted((workdir / part).glob("**/config.json"))
               if (path.parent / "checkpoints").exists()]
   rows = []
   for student in students:

@@ -1,4 +1,4 @@
-"""9. Every method at 4, 2 and 1 steps, base and +DDIL, from the teacher with and without guidance.
+"""10. Every method at 4, 2 and 1 steps, base and +DDIL, from the teacher with and without guidance.
 
 Each run is one student of four steps that is sampled at two and one as well, with the lengths and rates of its config
 on digits. Methods whose own form has one step are trained in that form too.

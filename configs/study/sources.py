@@ -12,10 +12,10 @@ MIXTURES = (mixture(forward=1.0), mixture(student=1.0), mixture(teacher=1.0), mi
             mixture(forward=0.5, student=0.25, teacher=0.25))
 
 
-def at_budget() -> list[dict]:
-  """Four methods x seven mixtures."""
+def at_budget(methods=METHODS) -> list[dict]:
+  """Methods x seven mixtures."""
   entries = []
-  for method in METHODS:
+  for method in methods:
     budget = (1000 if method["config"] == DMD2 else 300) * step_cost(method, mixture(forward=1.0))
     for priors in MIXTURES:
       steps = round(budget / step_cost(method, priors))
