@@ -1,5 +1,6 @@
 """Strict numerics for every test: 8 virtual devices, no silent broadcasting, warnings are errors."""
 
+import gc
 import os
 
 # The cheapest compile: the nets are tiny, and nearly all of the tests' time is compiling.
@@ -8,7 +9,13 @@ CHEAP = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes
 # Set before jax is imported: 8 CPU devices for the mesh and pmap tests.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {CHEAP}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's pool. With as many as devices a collective, which keeps one for each, may wait for ever for work
+# that is queued behind it.
+os.environ.setdefault("NPROC", "16")
 os.environ["DDIL_COMPILE_CACHE"] = "off"  # nothing is left in the user's folders
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where each operation was traced is read by nobody
+# Thousands of traced programs are alive, and nearly all of them stay so: to look through them often finds nothing.
+gc.set_threshold(200_000, 20, 20)
 
 import jax  # noqa: E402
 

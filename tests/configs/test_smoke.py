@@ -74,7 +74,7 @@ def test_sweep(name):
 
 
 # Of the others every step is traced above; their runs are compiled in `make test-all`.
-QUICK = ("digits_teacher", "digits_pd", "digits_lcm")  # DMD2 runs whole in tests/test_runs.py too
+QUICK = ("digits_teacher", "digits_pd")  # DMD2 runs whole in tests/test_runs.py too
 RUNS = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
 
 

@@ -30,7 +30,7 @@ def setting(options, parts=None, teacher=None):
   return objective, view, states, batch, keys
 
 
-@pytest.mark.parametrize("base", ["ctm", "scott", pytest.param("dmd2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", ["scott", *(pytest.param(base, marks=pytest.mark.slow) for base in ("ctm", "dmd2"))])
 def test_weight_0_is_the_base_method(base):
   parts, teacher = toys.toy_parts(), toys.toy_init(jax.random.key(7))
   none = make_objective("adversarial", parts, dict(base=base, adversarial_weight=0.0) | BASES[base])
@@ -40,7 +40,7 @@ def test_weight_0_is_the_base_method(base):
 
 
 @pytest.mark.parametrize("kind, heads", [("images", ("a", "b")), ("teacher", ("c",))])
-@pytest.mark.parametrize("base", ["ctm", "scott"])
+@pytest.mark.parametrize("base", [pytest.param("ctm", marks=pytest.mark.slow), "scott"])
 def test_heads_that_say_nothing_add_nothing(base, kind, heads):
   """A discriminator of zeros: the student has its method's loss, the discriminator 2 for each head and no penalty."""
   objective, view, *rest = setting(dict(base=base, kind=kind, heads=heads, r1=0.5) | BASES[base])
