@@ -50,9 +50,14 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-  """Of a process; with `devices` > 0 it has that many virtual CPU devices."""
+  """Of a process; with `devices` > 0 it has that many virtual CPU devices.
+
+  And twice as many threads (NPROC): on fewer cores than devices a collective may else wait for ever for work that is
+  queued behind it.
+  """
   flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
-  return dict(os.environ) | ({"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"} if devices else {})
+  return dict(os.environ) | (
+      {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": str(2 * devices)} if devices else {})
 
 
 def run(processes: int, devices: int, arguments: list[str], restarts: int = 0, grace: float = GRACE) -> int:
