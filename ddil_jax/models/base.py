@@ -1,6 +1,7 @@
 """Networks as pure functions of plain parameter dicts, and comparing and copying those dicts."""
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -46,6 +47,12 @@ def as_net_fn(module: nn.Module) -> Network:
   # random draws of every layer takes far longer (2 s against 10 to 17 s for the smallest UNet).
   unoptimised = jax.jit(module.init, compiler_options={"xla_backend_optimization_level": 0})
   return Network(init, jax.jit(apply, static_argnames="features"))
+
+
+def require_features(names: Iterable[str], known: Sequence[str]) -> None:
+  """Raises UsageError for a feature that a network does not have, with those it has."""
+  if missing := [name for name in names if name not in known]:
+    raise UsageError(f"unknown feature '{missing[0]}'; there are: {', '.join(known)}")
 
 
 def layers_of(module: nn.Module, params: Params, images: Array, names: tuple[str, ...]) -> dict[str, Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ddil_jax.errors import UsageError
+from ddil_jax.models.base import require_features
 from ddil_jax.models.blocks import Down, Level, Mid, Middle, Style, Up, group_norm
 from ddil_jax.models.layers import guidance_embedding, timestep_embedding
 from ddil_jax.types import Array, Cond
@@ -64,6 +65,14 @@ class DiffusersUNet(nn.Module):
     """Features that `__call__` gives on request."""
     return ("bottleneck", "encoder", *(f"level{i}" for i in range(len(self.down))))
 
+  def cache_names(self) -> tuple[str, ...]:
+    """Features that `__call__` gives on request and takes in `reuse`, in place of computing them.
+
+    "deep<i>" enters the block on the way up that mirrors down_blocks.<i>: taking it leaves the blocks 0 to i and their
+    mirrors. "skips" is all that the way down and the middle give.
+    """
+    return ("skips", *(f"deep{i}" for i in range(len(self.down))))
+
   def example(self, size: tuple[int, int] | None = None, tokens: int = 77) -> tuple[Any, Any, Cond]:
     """Shapes of (x, t, cond) for one image: arguments of `init`."""
     height, width = size or self.sample_size or (2**len(self.down),) * 2
@@ -81,7 +90,7 @@ class DiffusersUNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, t: Array, cond: Cond, keys: Array | None = None,
-               features: tuple[str, ...] = ()) -> Any:
+               features: tuple[str, ...] = (), reuse: dict[str, Any] | None = None) -> Any:
     """Runs the network.
 
     Args:
@@ -90,7 +99,8 @@ class DiffusersUNet(nn.Module):
       cond: "text" [B,L,D] embeddings of the prompt; SDXL's "text_pooled" [B,D'] and "time_ids" [B,6] (original size,
         crop, target size, height first); "guidance_scale" float [B], missing: no such term; "label" int [B].
       keys: [B] typed keys that switch dropout on.
-      features: names of features wanted; see `feature_names`.
+      features: names of features wanted; see `feature_names` and `cache_names`.
+      reuse: one of `cache_names` and its value, of an earlier call; features that it passes over are not there.
 
     Returns:
       [B, H, W, out_channels], float32 or the wider compute dtype; with features, a pair of it and {name: [B, h, w, c]}.
@@ -98,9 +108,9 @@ class DiffusersUNet(nn.Module):
     Raises:
       UsageError: unknown feature, or an entry of cond that the network needs is missing.
     """
-    unknown = [name for name in features if name not in self.feature_names()]
-    if unknown:
-      raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(self.feature_names())}")
+    reuse = reuse or {}
+    require_features(features, (*self.feature_names(), *self.cache_names()))
+    require_features(reuse, self.cache_names())
     needed = ["text"] * bool(self.text_width) + ["text_pooled", "time_ids"] * bool(self.added_time) \
         + ["label"] * bool(self.num_classes)
     if missing := [name for name in needed if name not in cond]:
@@ -109,17 +119,25 @@ class DiffusersUNet(nn.Module):
     text = cond["text"].astype(style.dtype) if self.text_width else None
     emb = self._embed(t, cond)
 
-    h = nn.Conv(self.down[0].channels, (3, 3), dtype=style.dtype, name="conv_in")(2 * x - 1 if self.center else x)
-    skips = [h]
-    for i, level in enumerate(self.down):
-      h, outputs, found[f"level{i}"] = Down(level, style, name=f"down_blocks_{i}")(h, emb, text, keys)
-      skips += outputs
-    found["encoder"] = h
-    if self.middle is not None:
-      h = Mid(self.middle, style, name="mid_block")(h, emb, text, keys)
-    found["bottleneck"] = h
+    last = len(self.down) - 1
+    depth = next((i for i in range(last + 1) if f"deep{i}" in reuse), last)  # the last block of the way down
+    skips, h = reuse.get("skips", ((), None))
+    skips = list(skips)
+    if h is None:
+      h = nn.Conv(self.down[0].channels, (3, 3), dtype=style.dtype, name="conv_in")(2 * x - 1 if self.center else x)
+      skips = [h]
+      for i, level in enumerate(self.down[:depth + 1]):
+        h, outputs, found[f"level{i}"] = Down(level, style, name=f"down_blocks_{i}")(h, emb, text, keys)
+        skips += outputs if i < depth else outputs[:len(level.depths)]  # of the last none, or one that nothing reads
+      found["encoder"] = h
+    if not reuse:
+      if self.middle is not None:
+        h = Mid(self.middle, style, name="mid_block")(h, emb, text, keys)
+      found["bottleneck"], found["skips"] = h, (tuple(skips), h)
     for i, level in enumerate(self.up):
-      h = Up(level, style, name=f"up_blocks_{i}")(h, skips, emb, text, keys)
+      if last - i <= depth:
+        h = found[f"deep{last - i}"] = reuse.get(f"deep{last - i}", h)
+        h = Up(level, style, name=f"up_blocks_{i}")(h, skips, emb, text, keys)
 
     h = nn.silu(group_norm(style, "conv_norm_out")(h))
     out = nn.Conv(self.out_channels, (3, 3), dtype=style.dtype, name="conv_out")(h)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddil_jax.errors import UsageError
 from ddil_jax.keys import named
+from ddil_jax.models.base import require_features
 from ddil_jax.models.layers import attention, dropout, num_groups, timestep_embedding
 from ddil_jax.types import Array, Cond
 
@@ -127,10 +127,6 @@ class _EDMUNet(nn.Module):
     cond |= {"augment": shape(1, self.augment)} if self.augment else {}
     return shape(1, self.resolution, self.resolution, self.out_channels), shape(1), cond
 
-  def _check(self, features: tuple[str, ...]) -> None:
-    if unknown := [name for name in features if name not in self.feature_names()]:
-      raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(self.feature_names())}")
-
   def _names(self) -> list[str]:
     return [f"{self.resolution >> i}x{self.resolution >> i}" for i in range(len(self.channel_mult))]
 
@@ -179,7 +175,7 @@ class SongUNet(_EDMUNet):
     Raises:
       UsageError: unknown feature.
     """
-    self._check(features)
+    require_features(features, self.feature_names())
     dtype, names, found, skips = self.dtype, self._names(), {}, []
     last, emb = len(names) - 1, self._embed(t, cond)
 
@@ -284,7 +280,7 @@ class DhariwalUNet(_EDMUNet):
     Raises:
       UsageError: unknown feature.
     """
-    self._check(features)
+    require_features(features, self.feature_names())
     dtype, names, found, skips = self.dtype, self._names(), {}, []
     last, emb = len(names) - 1, self._embed(t, cond)
 

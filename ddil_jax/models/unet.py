@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ddil_jax.errors import UsageError
 from ddil_jax.keys import named
 from ddil_jax.models.adapters import Adapter
+from ddil_jax.models.base import require_features
 from ddil_jax.models.layers import GroupNorm, dropout, guidance_embedding, sinusoidal_embedding
 from ddil_jax.types import Array, Cond
 
@@ -126,10 +127,9 @@ class UNet(nn.Module):
     Raises:
       UsageError: unknown feature, or heads that do not divide the channels.
     """
-    known, reuse = (*self.feature_names(), *self.cache_names()), reuse or {}
-    unknown = [name for name in (*features, *reuse) if name not in known]
-    if unknown:
-      raise UsageError(f"unknown feature '{unknown[0]}'; there are: {', '.join(known)}")
+    reuse = reuse or {}
+    require_features(features, (*self.feature_names(), *self.cache_names()))
+    require_features(reuse, self.cache_names())
     last, per_level, found = len(self.channel_mult) - 1, self.num_res_blocks, {}
     # Skips are numbered from the first block; without a deep feature to take, the last of them is computed too.
     depth = next((m for m in range((last + 1) * per_level) if f"deep{m}" in reuse), (last + 1) * per_level - 1)

@@ -56,13 +56,15 @@ def outer_form(denoiser: Denoiser, outer: str) -> Denoiser:
   if outer == "euler":
     return denoiser
 
-  def estimate(params, x_t, t, cond, keys=None, features=()):
+  def estimate(params, x_t, t, cond, keys=None, features=(), *reuse):
     end = cond.get("end_time", t)
     skip = lambda s: outer_coefficients(t, s, outer)[0]  # noqa: E731
     rest = 1 - end / t
     limit = 1 - t * jax.jvp(skip, (t,), (jnp.ones_like(t),))[1]
     surplus = jnp.where(rest > 0, (skip(end) - end / t) / jnp.where(rest > 0, rest, 1), limit)
-    return denoiser(params, x_t, t, cond, keys) + expand(surplus, x_t) * x_t
+    out = denoiser(params, x_t, t, cond, keys, features, *reuse)
+    move = lambda x0: x0 + expand(surplus, x_t) * x_t  # noqa: E731
+    return (move(out[0]), out[1]) if features else move(out)
 
   return estimate
 

@@ -27,10 +27,10 @@ from ddil_jax.types import Denoiser
 
 def consistency_function(denoiser: Denoiser, timestep_scaling: float = 10.0, sigma_data: float = 0.5) -> Denoiser:
   """`f = c_skip x_t + c_out x0` with LCM's scalings; t is multiplied by `timestep_scaling`."""
-  def f(params, x_t, t, cond, keys=None, features=()):
+  def f(params, x_t, t, cond, keys=None, features=(), *reuse):
     c_skip, c_out = lcm_scalings(t, sigma_data, timestep_scaling)
     mix = lambda x0: expand(c_skip, x_t) * x_t + expand(c_out, x_t) * x0  # noqa: E731
-    out = denoiser(params, x_t, t, cond, keys, features)
+    out = denoiser(params, x_t, t, cond, keys, features, *reuse)
     return (mix(out[0]), out[1]) if features else mix(out)
   return f
 

@@ -36,8 +36,8 @@ def consecutive(num_classes: int, students: int) -> tuple[int, ...]:
 
 def routed(denoiser: Denoiser, partition: tuple[int, ...]) -> Denoiser:
   """A denoiser of stacked params [K, ...]: each example has the output of student partition[label]."""
-  def several(params, x_t, t, cond, keys=None, features=()):
-    every = jax.vmap(lambda own: denoiser(own, x_t, t, cond, keys, features))(params)  # [K, B, ...]
+  def several(params, x_t, t, cond, keys=None, features=(), *reuse):
+    every = jax.vmap(lambda own: denoiser(own, x_t, t, cond, keys, features, *reuse))(params)  # [K, B, ...]
     k = jnp.asarray(partition, jnp.int32)[cond["label"]]
     return jax.tree.map(lambda v: v[k, jnp.arange(len(k))], every)
 
