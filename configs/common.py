@@ -89,6 +89,9 @@ def common() -> ConfigDict:
       teacher_acts=(),  # sampling steps, from 0, that the teacher takes instead of the student
       time_shift=0.0,  # how far from a step's time the sampler looks for the one that fits x_t; 0 is none
       time_shift_cutoff=0.0,  # not at times up to this one
+      cache="",  # features that some steps compute and others take: deep0, deep1, ... (DeepCache) or skips (the encoder)
+      cache_steps="every:2",  # which steps compute them: every:N | around:N,CENTER,POWER | early:N,POWER | keys:RULE
+      cache_batched=False,  # of skips: one call for the decoder of the steps that share them
       guidance_scales=(),  # of a teacher, or of a student that reads the scale; () is teacher.guidance_scale
       metrics=("fd", "kd", "precision", "recall", "density", "coverage", "class_accuracy", "saturation"),
       extractor="",  # "" is a small classifier trained on the set; or NAME:FILE of published weights, `ddil list`

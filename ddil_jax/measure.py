@@ -22,20 +22,22 @@ from ddil_jax.training import parallel
 
 
 def variant(config: ConfigDict, built: build_lib.Built) -> str:
-  """base, +ddil, +reflected or +ddil+reflected; what sampling adds: shifted times, steps of the teacher.
+  """base, +ddil, +reflected or +ddil+reflected; what sampling adds: shifted times, cached features, the teacher's steps.
 
   "" of a teacher's run, or what sampling adds.
   """
   window = config.eval.get("time_shift", 0.0)
-  shifted = f"+shifted({window:g})" * bool(window)
+  added = f"+shifted({window:g})" * bool(window)
+  if cache := config.eval.get("cache", ""):
+    added += f"+cached({cache},{config.eval.cache_steps}{',batched' * config.eval.cache_batched})"
   if built.objective.name == "denoising":
-    return shifted
+    return added
   own = built.objective.own_source
   # Teacher pairs beside the own states are labels (DMD), no mixture of DDIL.
   ddil = tuple(name for name in built.distribution.sources if name != "pairs" or own == name) != (own,)
   name = ("+ddil" * ddil + "+reflected" * (config.reflect.kind != "identity")) or "base"
   acts = config.eval.teacher_acts
-  return name + shifted + f"+teacher({','.join(map(str, acts))})" * bool(acts)
+  return name + added + f"+teacher({','.join(map(str, acts))})" * bool(acts)
 
 
 def what(config: ConfigDict, built: build_lib.Built, sampler: samplers.Sampler) -> dict:

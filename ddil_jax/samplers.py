@@ -1,20 +1,23 @@
 """How a run's network is sampled: its step counts, grids and guidance scales, the teacher's turns, diffusers' terms."""
 
+import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import keys as keys_lib
-from ddil_jax.diffusion import grids, solvers, transforms
+from ddil_jax.diffusion import feature_cache, grids, solvers, transforms
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.diffusion.solvers import Policy
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import release
-from ddil_jax.objectives.base import bind, guided_teacher, subset
+from ddil_jax.objectives.base import bind, completed, guided_teacher, subset
 from ddil_jax.types import Array, Cond, Params
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ class Sampler(NamedTuple):
 
   Attributes:
     steps, guidance_scale: as reported; the scale is None where cond["guidance_scale"] says it at each call.
-    network_evaluations: per image.
+    network_evaluations: per image; of a step with cached features the share of the network's operations that is left.
     grid: [steps+1] times.
     policy: params -> Policy.
     condition: cond -> cond of the sampler (a guidance scale for students that read it).
@@ -35,7 +38,7 @@ class Sampler(NamedTuple):
   """
   steps: int
   guidance_scale: float | None
-  network_evaluations: int
+  network_evaluations: float
   grid: np.ndarray
   policy: Callable[[Params], Policy]
   condition: Callable[[Cond], Cond]
@@ -48,7 +51,7 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
 
   Raises:
     UsageError: more steps or other times than the student was trained for, a grid that does not decrease, guidance
-      scales that it cannot take.
+      scales that it cannot take, features that its network does not have.
   """
   counts = [steps] if steps is not None else [len(built.objective.sampler_grid) - 1, *config.eval.sampler_steps]
   scales = config.eval.guidance_scales or (config.teacher.guidance_scale,)
@@ -58,8 +61,8 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
   folded = config.teacher.folded_guidance_scale
   own = config.eval.sampler_times
   walks = [_own_grid(built, own)] if own and steps is None else [_sampler_grid(built, n) for n in dict.fromkeys(counts)]
-  shift = time_shift(config, built)
-  found = [_sampler(built, shift, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
+  shift, cache = time_shift(config, built), feature_cache_of(config, built)
+  found = [_sampler(built, shift, cache, grid, float(g), reads_scale, folded) for grid in walks for g in scales]
   return [_with_teacher(built, sampler, config) for sampler in found] if config.eval.teacher_acts else found
 
 
@@ -74,8 +77,8 @@ def of_student(config: ConfigDict, built: "Built", steps: int, guidance_scale: f
   Raises:
     UsageError: more steps than the student was trained for.
   """
-  return _sampler(built, time_shift(config, built), _sampler_grid(built, steps), guidance_scale, reads_guidance(config),
-                  config.teacher.folded_guidance_scale)
+  return _sampler(built, time_shift(config, built), feature_cache_of(config, built), _sampler_grid(built, steps),
+                  guidance_scale, reads_guidance(config), config.teacher.folded_guidance_scale)
 
 
 def of_teacher(config: ConfigDict, built: "Built", steps: int, guidance_scale: float | None) -> Sampler:
@@ -146,16 +149,91 @@ def time_shift(config: ConfigDict, built: "Built") -> transforms.Transform:
     raise UsageError(f"config.eval.time_shift: {error}") from None
 
 
-def _sampler(built: "Built", shift: transforms.Transform, grid: np.ndarray, guidance_scale: float | None,
-             reads_scale: bool, folded: float) -> Sampler:
+class FeatureCache(NamedTuple):
+  """Cached features of a sampler: see `feature_cache.cached_policy`.
+
+  Attributes:
+    feature: which.
+    full: steps -> indices of the full steps.
+    batched: one call for the decoder of the steps that share features.
+    share: of the network's operations, what a step with the feature taken costs.
+  """
+  feature: str
+  full: Callable[[int], np.ndarray]
+  batched: bool
+  share: float
+
+
+def feature_cache_of(config: ConfigDict, built: "Built") -> FeatureCache | None:
+  """`eval.cache`, `eval.cache_steps` and `eval.cache_batched`; None where no features are cached.
+
+  Raises:
+    UsageError: features that the student's network does not have, an unknown schedule, and what does not go together.
+  """
+  # Configs of older runs have no such fields.
+  feature, text, batched = (config.eval.get(name, default) for name, default in (
+      ("cache", ""), ("cache_steps", "every:2"), ("cache_batched", False)))
+  if not feature:
+    return None
+  if not re.fullmatch(r"skips|deep\d+", feature):
+    raise UsageError(f"config.eval.cache={feature}: 'skips' or 'deep0', 'deep1', ... is expected, or '' for none")
+  if config.eval.teacher_acts:
+    raise UsageError(f"config.eval.cache={feature}: features are those of one network; set config.eval.teacher_acts to"
+                     " ()")
+  if batched and feature != "skips":
+    raise UsageError(f"config.eval.cache_batched: with '{feature}' a step reads its own state, so there is nothing to"
+                     " compute ahead; it goes with config.eval.cache=skips")
+  if batched and config.eval.get("time_shift", 0.0):
+    raise UsageError("config.eval.cache_batched: shifted times are not known ahead; set config.eval.time_shift to 0")
+
+  def full(steps):
+    try:
+      return feature_cache.schedule(text, steps)
+    except UsageError as error:
+      raise UsageError(f"config.eval.cache_steps={text}: {error}") from None
+
+  return FeatureCache(feature, full, batched, _share(built, feature))
+
+
+def _share(built: "Built", feature: str) -> float:
+  """Operations of a call that takes a feature, over those of one that computes everything."""
+  objective, parts = built.objective, built.parts
+  entries = parts.cond | {name: jax.ShapeDtypeStruct((1,), jnp.float32) for name in objective.reads}
+  x, t = jax.ShapeDtypeStruct((1, *parts.image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+
+  def student(key):
+    teacher = built.init_teacher(key) if built.init_teacher else ()
+    return completed(objective, objective.init(key, teacher)["student"], teacher)
+
+  def call(features, params, x, t, cond, *reuse):
+    return objective.student(params, x, t, cond, None, features, *reuse)
+
+  params = jax.eval_shape(student, jax.random.key(0))
+  try:
+    taken = jax.eval_shape(functools.partial(call, (feature,)), params, x, t, entries)[1]
+    counts = [jax.jit(functools.partial(call, ())).lower(params, x, t, entries, *reuse).cost_analysis()["flops"]
+              for reuse in ((taken,), ())]
+  except UsageError as error:
+    raise UsageError(f"config.eval.cache={feature}: {error}") from None
+  return counts[0] / counts[1]
+
+
+def _sampler(built: "Built", shift: transforms.Transform, cache: FeatureCache | None, grid: np.ndarray,
+             guidance_scale: float | None, reads_scale: bool, folded: float) -> Sampler:
   objective, parts, steps = built.objective, built.parts, len(grid) - 1
   is_teacher = objective.name == "denoising"
+  full = cache.full(steps) if cache else np.arange(steps)
+
+  def of(denoise):
+    guide = parts.guidance(guidance_scale) if is_teacher else lambda denoise: denoise
+    return objective.solver(parts.process, parts.reflect_sampler(shift(guide(denoise))))
 
   def policy(params):
-    denoise = bind(objective.student, params)
-    if is_teacher:
-      denoise = parts.guidance(guidance_scale)(denoise)
-    return objective.solver(parts.process, parts.reflect_sampler(shift(denoise)))
+    if len(full) == steps:  # nothing is reused: the sampler itself
+      return of(bind(objective.student, params))
+    read = {"guidance_scale": jax.ShapeDtypeStruct((1,), jnp.float32)} if guidance_scale is None else {}
+    cond = condition(parts.cond | read)
+    return feature_cache.cached_policy(of, objective.student, params, (cache.feature,), full, grid, cond, cache.batched)
 
   def condition(cond):
     if not reads_scale or guidance_scale is None:
@@ -166,7 +244,8 @@ def _sampler(built: "Built", shift: transforms.Transform, grid: np.ndarray, guid
     x_T = prior(parts.process, keys, jnp.zeros(keys.shape + parts.image_shape))
     return rollout(policy(params), x_T, grid, condition(cond), keys)
 
-  calls = steps * (2 if is_teacher and guidance_scale != 1 else 1)
+  work = len(full) + (steps - len(full)) * (cache.share if cache else 1)
+  calls = work * (2 if is_teacher and guidance_scale != 1 else 1)
   return Sampler(steps, folded or guidance_scale, calls, grid, policy, condition, sample)
 
 

@@ -159,7 +159,8 @@ def make_denoiser(net: NetFn, process: Process, prediction: Prediction,
 
   Returns:
     (params, x_t, t, cond, keys=None, features=(), reuse=None) -> x0, or (x0, features) when names are asked for.
-    With `reuse`, {name: value}, a network that can takes features instead of computing them.
+    With `reuse`, {name: value}, a network that can takes features instead of computing them. What any network gives
+    itself is the feature "output": the estimate at another x_t follows from it without the network.
     x0 has the dtype of x_t whatever the network computes in.
   """
   time_input = time_input or process.time_input
@@ -170,9 +171,14 @@ def make_denoiser(net: NetFn, process: Process, prediction: Prediction,
     told = {name: value for name, value in cond.items() if name != "time_sign"}
     if "end_time" in cond:
       told["end_time"] = sign * time_input(cond["end_time"])
-    out = net(params, prediction.scale_input(x_t, alpha, sigma), sign * time_input(t), told, keys, features,
-              *(() if reuse is None else (reuse,)))
-    out, named = out if features else (out, None)
+    asked = tuple(name for name in features if name != "output")
+    if reuse is not None and "output" in reuse:
+      out = reuse["output"]
+    else:
+      out = net(params, prediction.scale_input(x_t, alpha, sigma), sign * time_input(t), told, keys, asked,
+                *(() if reuse is None else (reuse,)))
+    out, named = out if asked else (out, {})
+    named = {name: out if name == "output" else named[name] for name in features}
     estimate = prediction.to_x0(out.astype(x_t.dtype), x_t, alpha, sigma)
     return (estimate, named) if features else estimate
 

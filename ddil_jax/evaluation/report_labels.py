@@ -12,8 +12,9 @@ VARIANTS = ("base", "+ddil", "+reflected", "+ddil+reflected")
 _APART = ("seed", "teacher.path", "data.data_dir", "data.manual_dir", "train.log_every", "train.checkpoint_every",
           "train.eval_every", "train.keep", "train.keep_best", "train.max_bad_steps", "eval.num_samples",
           "eval.batch_size", "eval.sampler_steps", "eval.teacher_acts", "eval.time_shift", "eval.time_shift_cutoff",
-          "eval.guidance_scales", "eval.metrics", "eval.bootstrap", "eval.extractor", "eval.lpips", "eval.captions",
-          "eval.samples_per_prompt", "eval.quantise", "eval.reference", "eval.shift_samples")
+          "eval.cache", "eval.cache_steps", "eval.cache_batched", "eval.guidance_scales", "eval.metrics",
+          "eval.bootstrap", "eval.extractor", "eval.lpips", "eval.captions", "eval.samples_per_prompt", "eval.quantise",
+          "eval.reference", "eval.shift_samples")
 PRIORS = ("states.forward", "states.student", "states.teacher", "states.dagger")
 # What a variant's name says already, as long as the runs of that variant agree.
 IN_VARIANT = (*PRIORS, "reflect.kind")
