@@ -21,8 +21,23 @@ from ddil_jax.models.autoencoder_kl import AutoencoderKL
 from ddil_jax.training import parallel
 
 
+class Cost(NamedTuple):
+  """What a training cost.
+
+  Attributes:
+    seconds: over all sittings, compiling included.
+    step_seconds: of a step: the median over what was logged in the last sitting, but for its first window, in which
+      the step was compiled; None where there was no second one.
+    step_bytes: memory of a device for a step, by the compiler's account: state, teacher and batch, and what it needs in
+      between; of the largest of its programs. None under pmap.
+  """
+  seconds: float = 0.0
+  step_seconds: float | None = None
+  step_bytes: int | None = None
+
+
 def variant(config: ConfigDict, built: build_lib.Built) -> str:
-  """base, +ddil, +reflected or +ddil+reflected; what sampling adds: shifted times, cached features, the teacher's steps.
+  """base, +ddil, +reflected or +ddil+reflected; what sampling adds: shifted times, cached features, teacher's steps.
 
   "" of a teacher's run, or what sampling adds.
   """
@@ -48,7 +63,7 @@ def what(config: ConfigDict, built: build_lib.Built, sampler: samplers.Sampler) 
 
 
 def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = None, shift: bool = True,
-            seconds: float = 0.0) -> list[dict]:
+            cost: Cost = Cost()) -> list[dict]:
   """One row per step count and guidance scale: metrics, covariate shift, a sample grid.
 
   Samples are drawn in batches over the devices of `train.parallel`, measured and forgotten; only those
@@ -81,7 +96,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
       measured = results.Measured(measured.values | own.values, measured.intervals | own.intervals)
     row = what(config, built, sampler) | {
         "metrics": measured.values, "intervals": {name: i._asdict() for name, i in measured.intervals.items()},
-        "shift": [], "network_evaluations": sampler.network_evaluations, "seconds": round(seconds, 2), "samples": ""}
+        "shift": [], "network_evaluations": sampler.network_evaluations, **cost._asdict(), "samples": ""}
     if shift and config.eval.shift_samples and built.objective.teacher is not None and not sampler.with_teacher:
       kinds = config.eval.shift_kinds
       row["shift"] = shift_lib.probe(config, built, sampler, teacher).rows(

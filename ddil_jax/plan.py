@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from ddil_jax import build as build_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
-from ddil_jax.training import parallel
+from ddil_jax.training import compiling, parallel
 from ddil_jax.training.step import due_players, init_state, make_train_step
 
 GIB = 2**30
@@ -291,10 +291,8 @@ def _compile(lowered, due, say) -> Program:
   finally:
     done.set()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-          + memory.temp_size_in_bytes)
-  return Program(due, memory.temp_size_in_bytes, peak, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0),
-                 collective_bytes(compiled.as_text()), round(time.monotonic() - began, 1))
+  return Program(due, memory.temp_size_in_bytes, compiling.peak_bytes(compiled), cost.get("flops", 0.0),
+                 cost.get("bytes accessed", 0.0), collective_bytes(compiled.as_text()), round(time.monotonic() - began, 1))
 
 
 def collective_bytes(text: str) -> dict[str, float]:

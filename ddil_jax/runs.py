@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import statistics
 import time
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ MAY_CHANGE = ("train.log_every", "train.checkpoint_every", "train.eval_every", "
               "train.watchdog_seconds", "train.profile_steps", "model.remat",
               "eval", "data.data_dir", "data.manual_dir")
 _DIAGNOSE_BATCHES = 8  # over which the objective's own measurements are averaged
+_PROGRAMS_OF = 1000  # steps of which the programs are known; players learn more often
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, teacher=None, say=print) -> list[dict]:
@@ -207,7 +209,7 @@ def _train(config, workdir, setup, say):
     state = runner.create(*start_from) if state is None else runner.place(state)
     frozen = runner.place_frozen({"teacher": _stored(teacher, config.teacher.dtype)})
     write, progress = _telling(config, workdir, start, stack)
-    clock = _Clock(meta["seconds"])
+    clock = _Clock(trained.cost_of(meta))
 
     def log(step, metrics):
       progress(step, **({"loss": metrics["student/loss"]} if "student/loss" in metrics else {}))
@@ -215,7 +217,10 @@ def _train(config, workdir, setup, say):
 
     def save(step, state, metrics):
       weights = "params/student" if config.eval.ema == "raw" else f"ema/{config.eval.ema}"
-      checkpoints.save(step, state, {"seconds": clock.total(), "weights": weights, "teacher": teacher_hash}, metrics)
+      if step == config.train.steps:
+        last = [due_players(built.objective, i) for i in range(max(start, step - _PROGRAMS_OF), step)]
+        clock.memory(runner, (state, frozen, runner.place_batch(batches[step - 1]), root), set(last))
+      checkpoints.save(step, state, {**clock.cost()._asdict(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
       rows = measure_lib.measure(config, built, student_params(config, built, state, teacher), teacher,
@@ -241,9 +246,9 @@ def _train(config, workdir, setup, say):
                           settings, loop.Hooks(log, save, evaluate_now, dump, diagnose, lambda: say(str(tally)),
                                                workdir / "profile"))
     state = runner.fetch(state)
-    seconds = clock.total()
+    cost = clock.cost()
   params = student_params(config, built, state, teacher)
-  return trained.write_results(config, built, params, teacher, workdir, seconds)
+  return trained.write_results(config, built, params, teacher, workdir, cost)
 
 
 def _telling(config, workdir, start, stack):
@@ -280,22 +285,30 @@ def _diagnose(config, built, teacher, frozen, batches, runner, write):
 
 
 class _Clock:
-  """Training time over all sittings, and the rate of this one."""
+  """What the training costs, over all sittings; the rate of this one, and the memory of its step."""
 
-  def __init__(self, before: float):
+  def __init__(self, before: measure_lib.Cost):
     self._before, self._began, self._last = before, time.monotonic(), None
+    self._windows, self._bytes = [], before.step_bytes
 
   def start(self, step: int):
     self._began = time.monotonic()
     self._last = (self._began, step)
 
-  def total(self) -> float:
-    return self._before + time.monotonic() - self._began
-
   def rate(self, step: int) -> float:
     now = time.monotonic()
     (before, first), self._last = self._last, (now, step)
-    return (step - first) / max(now - before, 1e-9)
+    self._windows.append(max(now - before, 1e-9) / (step - first))
+    return 1 / self._windows[-1]
+
+  def memory(self, runner, arguments, dues):
+    """Of the programs that ran with such arguments; they are not compiled again."""
+    if runner.lower is not None and dues:
+      self._bytes = max(compiling.peak_bytes(runner.step.lower(*arguments, due).compile()) for due in dues)
+
+  def cost(self) -> measure_lib.Cost:
+    steady = statistics.median(self._windows[1:]) if self._windows[1:] else self._before.step_seconds
+    return measure_lib.Cost(round(self._before.seconds + time.monotonic() - self._began, 2), steady, self._bytes)
 
 
 def _stored(params, dtype: str):

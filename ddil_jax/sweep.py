@@ -157,7 +157,8 @@ def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
 
   Returns:
     [{"run", "status", "error", FIELD..., "objective", "variant", "steps", "seed", "guidance_scale",
-    "network_evaluations", "seconds", METRIC...}] with the config fields that vary over the trials.
+    "network_evaluations", "seconds", "step_seconds", "step_bytes", METRIC...}] with the config fields that vary over
+    the trials.
   """
   configs = {trial.name: config_lib.flatten(config_lib.to_dict(trial.config())) for trial in found}
   fields = varying_fields(list(configs.values()))
@@ -170,7 +171,8 @@ def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
     results = files.read_json(folder / "results.json") if state == "done" else [{"seed": configs[trial.name]["seed"]}]
     for row in results:
       same = {name: row.get(name) for name in (
-          "objective", "variant", "steps", "seed", "guidance_scale", "network_evaluations", "seconds")}
+          "objective", "variant", "steps", "seed", "guidance_scale", "network_evaluations", "seconds", "step_seconds",
+          "step_bytes")}
       rows.append(about | same | row.get("metrics", {}))
   return rows
 

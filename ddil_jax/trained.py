@@ -24,10 +24,10 @@ from ddil_jax.training import params as params_lib
 from ddil_jax.training import workdir as workdir_lib
 
 
-def write_results(config, built, params, teacher, workdir: pathlib.Path, seconds: float) -> list[dict]:
+def write_results(config, built, params, teacher, workdir: pathlib.Path, cost: measure_lib.Cost) -> list[dict]:
   """Evaluates, and writes `results.json` and `samples/`."""
   first = processes.is_first()
-  rows = measure_lib.measure(config, built, params, teacher, workdir / "samples" if first else None, seconds=seconds)
+  rows = measure_lib.measure(config, built, params, teacher, workdir / "samples" if first else None, cost=cost)
   identity = _original_teacher(config, teacher)
   rows = [row | {"teacher": identity} for row in rows]
   if first:
@@ -52,7 +52,7 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list
   built = build_lib.build(config)
   params, meta = params_of(config, built, workdir)
   say(f"evaluating {workdir} with {config.eval.num_samples} samples")
-  return write_results(config, built, params, load_teacher(config, built), workdir, meta.get("seconds", 0.0))
+  return write_results(config, built, params, load_teacher(config, built), workdir, cost_of(meta))
 
 
 def evaluate_shift(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list[dict]:
@@ -94,7 +94,12 @@ def measured(config: ConfigDict, workdir: str | pathlib.Path) -> list[dict]:
   """The rows of a run's newest checkpoint under a config of one's own; writes nothing."""
   built = build_lib.build(config)
   params, meta = params_of(config, built, workdir)
-  return measure_lib.measure(config, built, params, load_teacher(config, built), seconds=meta.get("seconds", 0.0))
+  return measure_lib.measure(config, built, params, load_teacher(config, built), cost=cost_of(meta))
+
+
+def cost_of(meta: dict) -> measure_lib.Cost:
+  """What a checkpoint says of its training."""
+  return measure_lib.Cost(**{name: meta[name] for name in measure_lib.Cost._fields if name in meta})
 
 
 def evaluate_files(config: ConfigDict, path: str, reference: str, out: str | pathlib.Path | None = None,

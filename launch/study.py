@@ -16,36 +16,60 @@ from ddil_jax import config as config_lib
 from ddil_jax import build, files, trained
 from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
-from ddil_jax.evaluation import report_figures, shift_quality, teacher_acts
+from ddil_jax.evaluation import family, report_figures, report_rows, shift_quality, teacher_acts
 from ddil_jax.sweep import Trial
 from launch.sweep import compile_cache, exit_code, run_all
 
-INTERVENTION, CORRELATION = "intervention", "correlation"
+INTERVENTION, CORRELATION, FAMILY = "intervention", "correlation", "family"
 DIGITS = ("methods", "methods_dmd2", "guided", "sources", "sources_dmd2", "priors", "replay", "reflection",
           "reflection_target", "regimes", "regimes_dmd2")
-ALONE = ("fashion_mnist", "family")  # for a GPU; for hours
+ALONE = ("fashion_mnist", FAMILY)  # for a GPU; for hours
 PARTS = (*DIGITS, "fashion_mnist_small", *ALONE)
 # Of the parts that name none of their own. The scales at which it is measured are those of its students.
 TEACHER = {"config": "configs/digits_teacher.py", "eval.guidance_scales": (1.0, 2.0, 3.0, 5.0)}
 
 
-def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False) -> dict[str, str]:
-  """Trains the teacher where it is not there yet, then the trials of a part; returns {name: error}."""
+def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, train: bool = True) -> dict[str, str]:
+  """Trains the teacher where it is not there yet, then the trials of a part; returns {name: error}.
+
+  Args:
+    train: False gathers the results there are.
+  """
   own = getattr(config_lib.module(f"configs/study/{part}.py"), "TEACHER", None)
   # Compile flags that are for networks of a few pixels.
   name, digits = (f"{part}_teacher", False) if own else ("teacher", True)
   fields = dict(own or TEACHER)
   teacher = Trial(name, fields.pop("config"), {field: repr(value) for field, value in fields.items() if field != "arg"})
-  failed = run_all([teacher], workdir, 1, retry=True, small=digits)
+  failed = run_all([teacher], workdir, 1, retry=True, small=digits) if train else {}
   if failed:
     raise RunError(f"the teacher failed: {failed[name]}")
   trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / name)})
   folder = workdir / part
   sweeps.save(trials, folder)
-  failed = run_all(trials, folder, workers, retry, small=digits)
+  failed = run_all(trials, folder, workers, retry, small=digits) if train else {}
   rows = sweeps.gather(trials, folder)
   sweeps.write_table(rows, folder)
+  if part == FAMILY:
+    print(compare_family(workdir))
   return failed
+
+
+def compare_family(workdir: pathlib.Path) -> str:
+  """9. The table of every method, also in family/table.md, beside the figure; of what was run so far."""
+  missing = []
+  rows = [row for run in report_rows.runs_of([workdir / FAMILY], missing) for row in run.rows]
+  found = report_rows.unique(rows, missing)
+  lines = family.lines(found, config_lib.module(f"configs/study/{FAMILY}.py").FAMILIES)
+  if not lines:
+    raise UsageError(f"{workdir / FAMILY} has no results yet")
+  measured = {metric for row in found for metric in row.metrics}
+  teacher = {(row.steps, row.guidance_scale): value
+             for run in report_rows.runs_of([workdir / "teacher"], missing) for row in run.rows
+             for metric, value in row.metrics.items() if metric.startswith("fd@") and metric in measured}
+  table = family.markdown(lines, teacher)
+  files.write_bytes(workdir / FAMILY / "table.md", table.encode())
+  report_figures.save([family.draw(lines, teacher)], workdir / FAMILY)
+  return table
 
 
 def intervene(workdir: pathlib.Path) -> str:
@@ -128,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
   args.add_argument("--workdir", default="runs/study", help="everything of the study lies here")
   args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
   args.add_argument("--retry", action="store_true", help="run failed trials again")
+  args.add_argument("--table", action="store_true", help="gather the results there are, run nothing")
   args.add_argument("--list", action="store_true", help="say what each part asks, and its number of runs")
   return args
 
@@ -160,7 +185,7 @@ def _main(args) -> int:
     if part == CORRELATION:
       print(correlate(pathlib.Path(args.workdir)))
       continue
-    failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry)
+    failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry, not args.table)
     for name, error in failed.items():
       print(f"FAILED {name}: {error}", file=sys.stderr)
     code |= bool(failed)

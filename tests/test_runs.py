@@ -76,6 +76,10 @@ def test_killed_and_continued(tmp_path, trained, capsys):  # noqa: F811
   assert values(tmp_path / "whole") == values(tmp_path / "killed")
   results = [json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("whole", "killed")]
   assert results[0]["metrics"] == results[1]["metrics"]
+  # Parameters, gradients' moments and averages of both players lie there at once; not what a sitting before compiled.
+  held = sum(v.nbytes for v in jax.tree.leaves((whole.params, whole.opt, whole.ema)))
+  assert held < results[0]["step_bytes"] == results[1]["step_bytes"] < 100 * held
+  assert 0 < results[0]["step_seconds"] < results[0]["seconds"]
 
 
 @pytest.mark.parametrize("method, number", [

@@ -7,6 +7,14 @@ on digits. Methods whose own form has one step are trained in that form too.
 from ddil_jax.sweep import cross, product
 
 SEEDS = range(3)
+# What stands under one heading of the table.
+FAMILIES = {"Base methods": ("pd", "cd", "lcm", "dmd2"),
+            "Trajectory": ("tract", "slam", "ctm", "scott", "boot", "ect", "tcm", "scm", "meanflow", "regression"),
+            "Flow": ("rf", "twinflow"),
+            "Score and distribution matching": ("sid", "diff_instruct", "dmd", "f_distill", "vsd", "moment_matching",
+                                                "msd", "embedding_loss"),
+            "Adversarial": ("adversarial", "add", "ladd", "ufogen", "gdd"),
+            "Guidance and adapters": ("guided", "agd")}
 # Of a grid of many times, sampled at four of them.
 TRAJECTORY = ("cd", "lcm", "slam", "scott", "ctm", "adversarial", "scm", "meanflow", "twinflow", "regression")
 # Trained for a number of steps.
@@ -19,6 +27,10 @@ CLEAN = ("ect", "tcm", "rf", "ufogen")
 UNGUIDED = ("ladd", "gdd", "ufogen", "ect", "tcm")
 
 
+# What the table has; nothing else is measured.
+MEASURED = {"eval.metrics": ("fd", "coverage"), "eval.shift_samples": 0}
+
+
 def _entries(name: str, fields: dict, ddil: bool = True) -> list[dict]:
   scales = ({},) if name in UNGUIDED else ({}, {"teacher.guidance_scale": 3.0})
   entry = {"config": f"configs/digits_{name}.py", **fields}
@@ -26,7 +38,10 @@ def _entries(name: str, fields: dict, ddil: bool = True) -> list[dict]:
 
 
 def sweep() -> list[dict]:
-  """All of it; the guided students of guided distillation and AGD are told the scale."""
+  """All of it; the guided students of guided distillation and AGD are told the scale.
+
+  Seed by seed: the programs of the first are on disk for the others, and a whole table of one seed is there early.
+  """
   few = {"eval.sampler_steps": (2, 1)}
   out = _entries("pd", {"train.stages": (4, 2, 1), "states.teacher_steps": 16})
   for name in TRAJECTORY:
@@ -40,4 +55,4 @@ def sweep() -> list[dict]:
   for name in ("guided", "agd"):
     fields = few | {"objective.sampler_steps": 4, "eval.guidance_scales": (1.0, 3.0)}
     out += cross([{"config": f"configs/digits_{name}.py", **fields}], product({"arg": ("", "ddil")}))
-  return cross(out, product({"seed": SEEDS}))
+  return cross(product({"seed": SEEDS}), out, [MEASURED])

@@ -27,6 +27,7 @@ class Row(NamedTuple):
     teacher: identity (hash) of the run's teacher; "" where it is not known.
     config: of the whole run, flat; {} where there is none.
     error: why a trial has no results; else "".
+    step_seconds, step_bytes: of a training step, see `measure.Cost`.
     setting: what it is called among the given runs, see `report_labels.with_settings`.
   """
 
@@ -46,6 +47,8 @@ class Row(NamedTuple):
   teacher: str = ""
   config: dict[str, Any] = {}
   error: str = ""
+  step_seconds: float | None = None
+  step_bytes: float | None = None
   setting: Setting = Setting("")
 
   @property
@@ -219,7 +222,8 @@ def check(raw, problems: list[str], path=pathlib.Path(), run: str = "") -> Row |
       shift=[p for p in shift if isinstance(p, dict)],
       network_evaluations=_number(raw.get("network_evaluations")), seconds=_number(raw.get("seconds")),
       samples=str(raw.get("samples") or ""), path=path, run=run,
-      intervals={name: pair for name, pair in ends.items() if None not in pair}, teacher=str(raw.get("teacher") or ""))
+      intervals={name: pair for name, pair in ends.items() if None not in pair}, teacher=str(raw.get("teacher") or ""),
+      step_seconds=_number(raw.get("step_seconds")), step_bytes=_number(raw.get("step_bytes")))
 
 
 def _number(value):

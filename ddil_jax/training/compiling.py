@@ -95,6 +95,13 @@ def tally() -> Iterator[Tally]:
     jax.monitoring.unregister_event_listener(hit)
 
 
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+  """Memory of a device for a compiled program: arguments, results that do not replace them, temporary."""
+  memory = compiled.memory_analysis()
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+          + memory.temp_size_in_bytes)
+
+
 def process_age() -> float:
   """Seconds since this process was started, its imports included."""
   ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, starttime

@@ -2,7 +2,10 @@
 
 import pytest
 
-from ddil_jax import files
+from ddil_jax import config as config_lib
+from ddil_jax import files, sweep
+from ddil_jax.errors import UsageError
+from ddil_jax.evaluation import report_table
 from ddil_jax.main import main
 from launch import study
 from tests.running import shared  # noqa: F401
@@ -38,6 +41,70 @@ def test_correlation_reads_the_parts_that_were_run(tmp_path, capsys):
   assert table in capsys.readouterr().out and "| pd, 4 steps, guidance 1 | 6 | +1.00" in table and "-1.00" in table
   assert {path.name for path in (tmp_path / "correlation").iterdir()} == {
       "table.md", "shift_quality.svg", "shift_quality.png"}
+
+
+def family_results(workdir):
+  """Results as some trials of the family leave them; distances follow from seed and setting."""
+  for trial in sweep.trials("configs/study/family.py"):
+    name = trial.name.removeprefix("digits_").partition("-")[0]
+    if name not in ("pd", "lcm", "dmd") or "teacher.guidance_scale" in trial.overrides:
+      continue
+    config = trial.config()
+    seed, ddil = config.seed, ":ddil" in trial.spec
+    folder = workdir / "family" / trial.name
+    files.write_json(folder / "config.json", config_lib.to_dict(config))
+    variant = "+ddil" if ddil else "base"
+    if name == "dmd" and seed == 1:
+      files.write_json(folder / "failed.json", {"error": "loss not finite for 10 steps", "variant": variant,
+                                                "config": config_lib.to_dict(config)})
+      continue
+    own = config.objective.get("sampler_steps", config.objective.get("num_steps"))
+    rows = []
+    for steps in config.train.stages or (own, *config.eval.sampler_steps):
+      distance = 8 / steps + 0.01 * seed - (1 + 0.1 * seed) * ddil
+      rows.append({"objective": name, "variant": variant, "steps": steps, "seed": seed, "guidance_scale": 1.0,
+                   "network_evaluations": steps, "step_seconds": 0.01 * (1 + seed), "step_bytes": 2**21 + steps,
+                   "metrics": {"fd@2000/train/x": distance, "coverage@2000/train/x": 0.5}, "shift": []})
+      if config.train.stages:
+        files.write_json(folder / f"stage_{steps}" / "results.json", rows[-1:])
+    files.write_json(folder / "results.json", rows)
+  teacher = {"objective": "teacher", "variant": "", "seed": 0, "shift": []}
+  files.write_json(workdir / "teacher" / "results.json", [
+      teacher | {"steps": 4, "guidance_scale": 1.0, "metrics": {"fd@2000/train/x": 9.0}},
+      teacher | {"steps": 2, "guidance_scale": 1.0, "metrics": {"fd@2000/train/other": 7.0}}])
+
+
+def test_the_table_of_all_methods(tmp_path):
+  family_results(tmp_path)
+  table = study.compare_family(tmp_path)
+  assert table == (tmp_path / "family" / "table.md").read_text()
+  cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+  lines = {(row[0], row[2], row[3]): row[4:] for row in cells[2:]}
+  assert list(lines) == [("teacher's own sampler", "", ""), ("**Base methods**", "", ""),
+                         *((name, trained, variant) for name, trained in (("pd", "each"), ("lcm", "4"))
+                           for variant in ("base", "+ddil")), ("**Score and distribution matching**", "", ""),
+                         *(("dmd", trained, variant) for trained in "41" for variant in ("base", "+ddil"))]
+  assert lines["teacher's own sampler", "", ""][:3] == ["9.00", "-", "-"]  # measured in another way is not shown
+  # Three seeds: 2.00, 2.01, 2.02 and 1.00, 0.91, 0.82; t(0.975, 2) = 4.303; of the differences 1.0, 1.1, 1.2 too.
+  assert lines["lcm", "4", "base"] == ["2.01 ± 0.02 (3)", "4.01 ± 0.02 (3)", "8.01 ± 0.02 (3)", "0.50, 0.50, 0.50",
+                                       "20.00", "6.00", "2.00"]
+  assert lines["lcm", "4", "+ddil"][0] == "0.91 ± 0.22 (3) **"
+  # The student of one step has three stages of 150 steps behind it.
+  steps = config_lib.load("configs/digits_pd.py").train.steps
+  assert lines["pd", "each", "base"][4:6] == ["20.00", report_table.fmt(3 * steps * 0.02)]
+  assert lines["dmd", "4", "base"][:3] == [f"{value:.2f} (2) 1 diverged" for value in (2.01, 4.01, 8.01)]
+  assert lines["dmd", "1", "base"][:4] == ["-", "-", "8.01 (2) 1 diverged", "-, -, 0.50"]
+  assert {path.name for path in (tmp_path / "family").glob("family.*")} == {"family.svg", "family.png"}
+  (tmp_path / "other" / "family").mkdir(parents=True)
+  with pytest.raises(UsageError, match="has no results yet"):
+    study.compare_family(tmp_path / "other")
+
+
+def test_what_was_run_so_far_can_be_gathered(tmp_path, capsys):
+  assert study.main(["priors", "--table", f"--workdir={tmp_path}"]) == 0
+  assert str(tmp_path / "priors" / "results.csv") in capsys.readouterr().out
+  lines = (tmp_path / "priors" / "results.csv").read_text().splitlines()
+  assert len(lines) == 1 + len(sweep.trials("configs/study/priors.py")) and all(",open," in line for line in lines[1:])
 
 
 @pytest.mark.slow
