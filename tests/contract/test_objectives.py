@@ -13,7 +13,7 @@ from ddil_jax import registry
 from ddil_jax.diffusion import process, transforms
 from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import View
-from ddil_jax.states.base import Context
+from ddil_jax.states.base import WITH_X0, Context
 from ddil_jax.training.step import due_players, init_state, make_train_step
 from tests import building, toys
 
@@ -80,8 +80,10 @@ def on_one_device(name):
   return objective, distribution, start, single
 
 
-STATES = [pytest.param(name, source, marks=[pytest.mark.slow] if source == "dagger" and name not in BASE else [])
-          for name in NAMES for source in ("forward", "student", "teacher", "dagger")]
+PAIRED = ("dmd", "rf")  # which learn from pairs what they learn from no other states
+STATES = [pytest.param(name, source, marks=[pytest.mark.slow] if source == "dagger" and name not in BASE
+                       or source == "pairs" and name not in PAIRED else [])
+          for name in NAMES for source in ("forward", "student", "teacher", "dagger", "pairs")]
 
 
 @pytest.mark.parametrize("name, source", STATES)
@@ -89,8 +91,8 @@ def test_losses_on_every_source(name, source):
   """Per example, finite, no gradient into the states or the frozen teacher, some into its own parameters."""
   parts, objective = make(name)
   available = building.sources(parts, objective)
-  if objective.needs_x0 and source != "forward":
-    pytest.skip("defined on forward states only")
+  if source not in available or objective.needs_x0 and source not in WITH_X0:
+    pytest.skip("not defined on them, or has no teacher")
   teacher, batch = teacher_for(name), toys.toy_batch(4)
   key = jax.random.key(3)
   keys = keys_lib.per_example(key, batch["lane"])

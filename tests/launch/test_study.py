@@ -101,10 +101,10 @@ def test_the_table_of_all_methods(tmp_path):
 
 
 def test_what_was_run_so_far_can_be_gathered(tmp_path, capsys):
-  assert study.main(["priors", "--table", f"--workdir={tmp_path}"]) == 0
-  assert str(tmp_path / "priors" / "results.csv") in capsys.readouterr().out
-  lines = (tmp_path / "priors" / "results.csv").read_text().splitlines()
-  assert len(lines) == 1 + len(sweep.trials("configs/study/priors.py")) and all(",open," in line for line in lines[1:])
+  assert study.main(["guided", "--table", f"--workdir={tmp_path}"]) == 0
+  assert str(tmp_path / "guided" / "results.csv") in capsys.readouterr().out
+  lines = (tmp_path / "guided" / "results.csv").read_text().splitlines()
+  assert len(lines) == 1 + len(sweep.trials("configs/study/guided.py")) and all(",open," in line for line in lines[1:])
 
 
 @pytest.mark.slow

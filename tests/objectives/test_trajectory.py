@@ -11,7 +11,7 @@ from ddil_jax.diffusion.process import add_noise, expand, velocity_from_x0
 from ddil_jax.diffusion.rollout import rollout
 from ddil_jax.errors import UsageError
 from ddil_jax.models import exact
-from ddil_jax.objectives import (boot, cd, ctm, ect, guided, lcm, meanflow, pd, regression, scm, scott, slam, tcm,
+from ddil_jax.objectives import (boot, cd, ctm, ect, guided, lcm, meanflow, pd, regression, rf, scm, scott, slam, tcm,
                                  tract, twinflow)
 from ddil_jax.objectives.base import View, bind
 from ddil_jax.states.base import Context, States
@@ -128,6 +128,35 @@ def test_ect_at_ratio_zero_regresses_on_the_image(setting):
   _, found = ect.ect_loss(p, toy(1), toy(1), lambda x, t, cond: x0, x_t, TIMES, r, {}, ect.PAIR_WEIGHTS["default"], 0.0)
   np.testing.assert_allclose(found["x_r"], x0, atol=1e-6)
   np.testing.assert_array_equal(ect.stage_ratio(jnp.array([0, 1, 20])), jnp.array([0.5, 0.75, 0.999]))
+
+
+def test_tcm_ends_at_the_first_stage_below_the_transition(setting):
+  """Above it TCM's step is that of ECT, below its target is the frozen stage's whatever the student says."""
+  p, _, toy, x0, _, x_t = setting
+  student, first, r = toy(1), toy(2), jnp.array([0.3, 0.5, 0.7])
+  of = lambda target: ect.ect_loss(p, student, target, lambda x, t, cond: x0, x_t, TIMES, r, {},  # noqa: E731
+                                   ect.PAIR_WEIGHTS["default"], 1e-4)[0]
+  ours, ect_step, to_first = of(tcm.truncated(student, first, 0.5)), of(student), of(first)
+  np.testing.assert_allclose(ours, [to_first[0], *ect_step[1:]], rtol=1e-6)
+  assert np.abs(ect_step - to_first).min() > 1e-3
+
+
+def test_reflow_has_no_loss_for_the_straight_flow_of_gaussian_pairs(setting):
+  """The teacher carries eps to MEAN + STD eps; the line between the two is known from any of its points."""
+  p, _, _, _, eps, _ = setting
+  x0 = exact.gaussian_flow(p, MEAN, STD, eps, jnp.ones(3), jnp.zeros(3))
+
+  def straight(x, t, cond):
+    t = expand(t, x)
+    return (1 - STD) * (x - (1 - t) * MEAN) / ((1 - t) * STD + t) - MEAN
+
+  of = lambda noise: rf.rf_loss(straight, add_noise(p, x0, noise, TIMES), TIMES, noise, x0, {},  # noqa: E731
+                                distance.make("l2"))
+  loss, velocity = of(eps)
+  np.testing.assert_allclose(loss, 0, atol=1e-10)
+  # One step of Euler from any time is the image.
+  np.testing.assert_allclose(add_noise(p, x0, eps, TIMES) - expand(TIMES, x0) * velocity, x0, atol=1e-6)
+  assert (of(jnp.roll(eps, 1, axis=0))[0] > 0.1).all()  # noise and image that do not belong together
 
 
 def exact_average_velocity(p):
