@@ -4,7 +4,8 @@
     FOLDER/diffusion_pytorch_model.safetensors      its weights, or
     FOLDER/diffusion_pytorch_model.safetensors.index.json    a list of files that hold them
 
-A pipeline's folder has `model_index.json` and one such folder for each component: unet, vae, text_encoder.
+A pipeline's folder has `model_index.json` and one such folder for each component: unet, vae, text_encoder. Original
+single files of Stable Diffusion are read too, by `interop/single_file.py`.
 """
 
 import functools
@@ -16,11 +17,10 @@ from typing import Any, NamedTuple
 import flax
 import flax.linen as nn
 import numpy as np
-import safetensors
 
 from ddil_jax import files
 from ddil_jax.errors import UsageError
-from ddil_jax.interop import configs, weights
+from ddil_jax.interop import configs, single_file, weights
 from ddil_jax.types import Params
 
 KIND = "diffusers"
@@ -72,7 +72,8 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
   """Writes a model's weights as one file that `load` reads; one tensor at a time is in memory.
 
   Args:
-    folder: of a model, or of a pipeline; or the name of one on the Hugging Face Hub.
+    folder: of a model, or of a pipeline; or the name of one on the Hugging Face Hub; or an original checkpoint of
+      Stable Diffusion, one safetensors file.
     out: file to write.
     component: of a pipeline: "unet" (default), "vae", "text_encoder", ...
     guidance_embedding: gives a UNet LCM's embedding of the guidance scale of this width, without effect at first, so
@@ -83,19 +84,24 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       supported or makes no sense.
   """
   source = pathlib.Path(folder)
-  named = source.resolve().name if source.is_dir() else str(folder)
-  if not source.is_dir() and re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", str(folder)):
-    source = download(str(folder), component)
-  folder = _model_folder(source, component)
-  config = _json(folder / "config.json")
+  named = source.resolve().name if source.exists() else str(folder)
+  if source.is_file():
+    folder, described = source, source
+    config, there = _single(source, component or "unet")
+  else:
+    if not source.is_dir() and re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", str(folder)):
+      source = download(str(folder), component)
+    folder = _model_folder(source, component)
+    described = folder / "config.json"
+    config, there = _json(described), None
   if guidance_embedding:
     if not str(config.get("_class_name")) == "UNet2DConditionModel" or config.get("time_cond_proj_dim"):
       raise UsageError(f"{folder}: a guidance embedding is added to a UNet2DConditionModel that has none yet")
     config = config | {"time_cond_proj_dim": guidance_embedding}
-  module, ignored = _module(config, folder / "config.json")
+  module, ignored = _module(config, described)
   shapes = _shapes(module, folder)
   wanted = weights.names({"params": flax.traverse_util.unflatten_dict(shapes)}, weights.NUMBERED)
-  there = _tensors(folder)
+  there = there or _tensors(folder)
   found, problems, new = {}, [], []
   for path, shape in shapes.items():
     name = wanted["params", *path]
@@ -108,7 +114,8 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       found[path] = there[name]
   if problems:
     more = f"; {len(problems) - 6} more such" if len(problems) > 6 else ""
-    raise UsageError(f"{folder}: weights and config.json do not fit: {'; '.join(problems[:6])}{more}")
+    raise UsageError(f"{folder}: weights and {'its layout' if folder.is_file() else 'config.json'} do not fit:"
+                     f" {'; '.join(problems[:6])}{more}")
   known = set(wanted.values())
   unused = [f"{name} {list(t.shape)}" for name, t in there.items()
             if name not in known and not re.fullmatch(_NOT_NEEDED, name)]
@@ -122,7 +129,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       raise UsageError(f"{found[path].file}: {found[path].name} has values that are not finite")
     return weights.from_torch(x, path, shapes[path])
 
-  about = {"kind": KIND, "config": config, "source": named, "license": _license(folder)}
+  about = {"kind": KIND, "config": config, "source": named, "license": "" if folder.is_file() else _license(folder)}
   files.stream_arrays(out, {"/".join(path): shape for path, shape in shapes.items()}, read, about)
   model = f"{_class(config)}: {_count(shapes):,} parameters in {len(shapes)} tensors"
   return Report(model, tuple(new), tuple(unused), ignored)
@@ -254,17 +261,6 @@ def export_lora(delta: Params, about: dict, folder, scale: float = 1.0, dtype: s
                       dtype=dtype, metadata={"format": "pt"})
 
 
-class _Tensor(NamedTuple):
-  """A tensor in a safetensors file that has not been read."""
-  file: pathlib.Path
-  name: str
-  shape: tuple[int, ...]
-
-  def read(self) -> np.ndarray:
-    with _open(self.file) as f:
-      return f.get_tensor(self.name).astype(np.float32)
-
-
 def _model_folder(folder, component: str) -> pathlib.Path:
   folder = pathlib.Path(folder)
   if not folder.is_dir():
@@ -279,6 +275,14 @@ def _model_folder(folder, component: str) -> pathlib.Path:
   there = sorted(p.parent.name for p in folder.glob("*/config.json"))
   raise UsageError(f"{folder} has no {'config.json' if not component else f'{component}/config.json'}; there are:"
                    f" {', '.join(there) or 'no models'}")
+
+
+def _single(path: pathlib.Path, component: str) -> tuple[dict, dict[str, weights.Stored]]:
+  if path.suffix in _PICKLES:
+    raise UsageError(f"{path} is a pickle, which can run any code and is not read; where it is trusted and PyTorch is"
+                     " installed, convert it: python -c \"import diffusers; diffusers.StableDiffusionPipeline"
+                     f".from_single_file('{path}').save_pretrained('FOLDER')\"")
+  return single_file.model(path, component)
 
 
 def _json(path: pathlib.Path) -> dict:
@@ -328,7 +332,7 @@ def _require(arrays: dict[str, Any], shapes: dict[tuple[str, ...], tuple[int, ..
     raise UsageError(f"{where}: parameters and config do not fit: {', '.join(wrong[:6])}")
 
 
-def _tensors(folder: pathlib.Path) -> dict[str, _Tensor]:
+def _tensors(folder: pathlib.Path) -> dict[str, weights.Stored]:
   """All tensors of a model's folder by their names in the current layout."""
   for stem in _STEMS:
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
@@ -347,11 +351,10 @@ def _tensors(folder: pathlib.Path) -> dict[str, _Tensor]:
     raise UsageError(f"{folder} has no {_STEMS[0]}.safetensors, nor its index.json")
   found = {}
   for file in shards:
-    with _open(file) as f:
-      for name in f.keys():  # noqa: SIM118 (not a dict)
-        if name in found:
-          raise UsageError(f"{file}: {name} is in {found[name].file.name} too")
-        found[name] = _Tensor(file, name, tuple(f.get_slice(name).get_shape()))
+    for name, tensor in weights.stored(file).items():
+      if name in found:
+        raise UsageError(f"{file}: {name} is in {found[name].file.name} too")
+      found[name] = tensor
   return configs.full_names(found)
 
 
@@ -364,15 +367,6 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
     if not re.fullmatch(r"[\w][\w.\-]*\.safetensors", name):
       raise UsageError(f"{index} names '{name[:80]}'; safetensors files in the same folder are expected")
   return [index.parent / name for name in sorted(set(named.values()))]
-
-
-def _open(path: pathlib.Path):
-  try:
-    return safetensors.safe_open(str(path), framework="numpy")
-  except FileNotFoundError as e:
-    raise UsageError(f"no file {path}") from e
-  except (OSError, safetensors.SafetensorError) as e:
-    raise UsageError(f"{path} is damaged, cut short or no safetensors file ({e})") from e
 
 
 def _license(folder: pathlib.Path) -> str:

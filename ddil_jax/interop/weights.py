@@ -4,6 +4,7 @@ import hashlib
 import json
 import pathlib
 import re
+from typing import NamedTuple
 
 import flax
 import jax
@@ -55,6 +56,45 @@ def read_safetensors(path) -> dict[str, np.ndarray]:
       return {name: f.get_tensor(name).astype(np.float32) for name in f.keys()}  # noqa: SIM118 (not a dict)
   except (OSError, safetensors.SafetensorError, TypeError) as e:
     raise UsageError(f"{path} is absent, damaged or no safetensors file of floats ({e})") from e
+
+
+class Stored(NamedTuple):
+  """A tensor in a safetensors file that has not been read.
+
+  Attributes:
+    file, name: where it is.
+    shape: of what `read` gives.
+    rows: (first, end) on its first axis, of a part of the stored tensor; () is all of it.
+    turned: it is stored transposed.
+  """
+  file: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+  rows: tuple[int, ...] = ()
+  turned: bool = False
+
+  def read(self) -> np.ndarray:
+    """float32, of this shape."""
+    with open_safetensors(self.file) as f:
+      x = f.get_slice(self.name)[slice(*self.rows)] if self.rows else f.get_tensor(self.name)
+    return (x.T if self.turned else x).astype(np.float32)
+
+
+def stored(path) -> dict[str, Stored]:
+  """{name: tensor} of a safetensors file; reads its header only. Raises UsageError as `open_safetensors`."""
+  path = pathlib.Path(path)
+  with open_safetensors(path) as f:
+    return {name: Stored(path, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()}  # noqa: SIM118
+
+
+def open_safetensors(path):
+  """The file, to be read tensor by tensor. Raises UsageError if it is absent or damaged."""
+  try:
+    return safetensors.safe_open(str(path), framework="numpy")
+  except FileNotFoundError as e:
+    raise UsageError(f"no file {path}") from e
+  except (OSError, safetensors.SafetensorError) as e:
+    raise UsageError(f"{path} is damaged, cut short or no safetensors file ({e})") from e
 
 
 def read_json(path) -> dict:
