@@ -106,9 +106,10 @@ def parser() -> argparse.ArgumentParser:
   convert.add_argument("sources", nargs="+", metavar="SOURCE",
                        help="published files as they are; LPIPS: the backbone's, then the heads'; CLIP: its folder")
   convert.add_argument("--out", required=True, metavar="FILE.safetensors")
-  take = command("convert", "convert the weights of a diffusers folder to one file", config=False)
-  take.add_argument("folder", metavar="FOLDER", help="of a model (config.json, safetensors) or of a pipeline; or the"
-                    " name of one on the Hugging Face Hub")
+  take = command("convert", "convert the weights of a diffusers folder, or of an original file of Stable Diffusion, to"
+                 " one file", config=False)
+  take.add_argument("folder", metavar="FOLDER|FILE", help="of a model (config.json, safetensors) or of a pipeline; or"
+                    " the name of one on the Hugging Face Hub; or an original checkpoint, one safetensors file")
   take.add_argument("--component", default="", help="of a pipeline: unet (default), vae, text_encoder, text_encoder_2")
   take.add_argument("--guidance_embedding", type=int, default=0, metavar="WIDTH", help="add LCM's embedding of the"
                     " guidance scale (256 there) to a UNet, without effect at first")
@@ -126,6 +127,8 @@ def parser() -> argparse.ArgumentParser:
   give.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights")
   give.add_argument("--merged", action="store_true", help="of a run that trained a LoRA: the whole network, instead of"
                     " pytorch_lora_weights.safetensors")
+  give.add_argument("--pipeline", default="", metavar="FOLDER", help="of the teacher's pipeline: write a whole one,"
+                    " with its text encoder, tokenizer and autoencoder")
   give.add_argument("--run", metavar="DIR", help="training run whose config and metrics the model card shows")
   prepare = command("prepare", "images with captions, or prompts, to latents and text embeddings that a run reads"
                     " (data.name=prepared)", config=False)
@@ -283,7 +286,7 @@ def _export(args) -> int:
   from ddil_jax.interop import diffusers, release
   if os.path.isdir(args.file):
     from ddil_jax import trained
-    print(f"wrote {trained.export(args.file, args.out, args.dtype, args.merged)}")
+    print(f"wrote {trained.export(args.file, args.out, args.dtype, args.merged, args.pipeline)}")
     return 0
   try:
     times = tuple(int(word) for word in args.timesteps.split(",") if word)
@@ -294,7 +297,7 @@ def _export(args) -> int:
   run = release.run_of(args.run) if args.run else None
   release.scheduler_config(sampling)  # before the weights, which take long
   loaded = diffusers.load(args.file)
-  release.write(args.out, loaded.params, loaded.about, sampling, run, args.dtype)
+  release.write(args.out, loaded.params, loaded.about, sampling, run, args.dtype, pipeline=args.pipeline)
   print(f"wrote {args.out}")
   return 0
 

@@ -287,4 +287,4 @@ def sampling_of(config: ConfigDict, built: "Built") -> release.Sampling:
       kind, len(times), config.prediction.name, () if own(len(times)).tolist() == times else tuple(times),
       config.teacher.folded_guidance_scale or config.teacher.guidance_scale,
       bool(config.process.get("zero_terminal_snr", False)), name, config.objective.get("timestep_scaling", 10.0),
-      config.reflect.kind != "identity" and config.reflect.sampler)
+      config.reflect.kind != "identity" and config.reflect.sampler, method == "denoising")

@@ -187,11 +187,12 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
 
 
 def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "float32",
-           merged: bool = False) -> pathlib.Path:
+           merged: bool = False, pipeline: str = "") -> pathlib.Path:
   """Writes a run's student as a folder for diffusers: its network, or its LoRA, and the scheduler that it asks for.
 
   Args:
     merged: the network also of a student that trained a LoRA.
+    pipeline: see `release.write`.
 
   Raises:
     UsageError: a run of the project's own UNet, one that no scheduler of diffusers samples, or a LoRA over another
@@ -208,13 +209,16 @@ def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "f
   if of_lora and config.teacher.path:
     raise UsageError(f"{workdir} trained its LoRA over the student at {config.teacher.path}, which a reader of the LoRA"
                      " has not; write the whole network with --merged")
+  if of_lora and pipeline:
+    raise UsageError(f"{workdir} trained a LoRA; a whole pipeline has the whole network: give --merged too, or leave"
+                     " --pipeline out and load the LoRA into the teacher's")
   params, _ = (own_params_of if of_lora else params_of)(config, built, workdir)
   about = diffusers.architecture(file)[1]
   if width := config.model.guidance_embedding:
     if about["config"].get("_class_name") != "UNet2DConditionModel":
       raise UsageError(f"{workdir}: the student reads the guidance scale, which UNet2DModel of diffusers does not")
     about = about | {"config": about["config"] | {"time_cond_proj_dim": width}}
-  release.write(out, params, about, sampling, release.run_of(workdir), dtype, of_lora)
+  release.write(out, params, about, sampling, release.run_of(workdir), dtype, of_lora, pipeline)
   return pathlib.Path(out)
 
 

@@ -26,7 +26,7 @@ from ddil_jax.types import Params
 KIND = "diffusers"
 _STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
 _AGAIN = "convert the folder again: `ddil convert FOLDER --out=FILE.safetensors`"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_PARAMETERS = 20_000_000_000  # SDXL has 2.6
 _LARGEST_JSON = 16 * 2**20
 # Stored by some versions and computed by ours.
@@ -93,7 +93,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       source = download(str(folder), component)
     folder = _model_folder(source, component)
     described = folder / "config.json"
-    config, there = _json(described), None
+    config, there = read_json(described), None
   if guidance_embedding:
     if not str(config.get("_class_name")) == "UNet2DConditionModel" or config.get("time_cond_proj_dim"):
       raise UsageError(f"{folder}: a guidance embedding is added to a UNet2DConditionModel that has none yet")
@@ -175,7 +175,7 @@ def architecture(path) -> tuple[nn.Module, dict]:
   A config.json of diffusers will do where no parameters are needed: for a network that is trained from the start.
   """
   if pathlib.Path(path).suffix == ".json":
-    about = {"kind": KIND, "config": _json(pathlib.Path(path)), "source": "", "license": ""}
+    about = {"kind": KIND, "config": read_json(pathlib.Path(path)), "source": "", "license": ""}
     return _module(about["config"], path)[0], about
   about = files.load_about(path, _AGAIN)
   if not isinstance(about, dict) or about.get("kind") != KIND:
@@ -278,14 +278,15 @@ def _model_folder(folder, component: str) -> pathlib.Path:
 
 
 def _single(path: pathlib.Path, component: str) -> tuple[dict, dict[str, weights.Stored]]:
-  if path.suffix in _PICKLES:
+  if path.suffix in PICKLES:
     raise UsageError(f"{path} is a pickle, which can run any code and is not read; where it is trusted and PyTorch is"
                      " installed, convert it: python -c \"import diffusers; diffusers.StableDiffusionPipeline"
                      f".from_single_file('{path}').save_pretrained('FOLDER')\"")
   return single_file.model(path, component)
 
 
-def _json(path: pathlib.Path) -> dict:
+def read_json(path: pathlib.Path) -> dict:
+  """A stranger's JSON object. Raises UsageError if there is none, or one larger than any such file."""
   try:
     if path.stat().st_size > _LARGEST_JSON:
       raise UsageError(f"{path} is larger than any such file")
@@ -343,7 +344,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, weights.Stored]:
       shards = _shards(index)
       break
   else:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
       raise UsageError(f"{folder} has its weights as {pickles[0]}, a pickle, which can run any code and is not read;"
                        " where it is trusted and PyTorch is installed, convert it: python -c \"import diffusers;"
@@ -360,7 +361,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, weights.Stored]:
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   """The files that an index names: of its own folder, and safetensors."""
-  named = _json(index).get("weight_map")
+  named = read_json(index).get("weight_map")
   if not isinstance(named, dict) or not named or not all(isinstance(v, str) for v in named.values()):
     raise UsageError(f"{index}: 'weight_map' from tensors to files is expected")
   for name in sorted(set(named.values())):

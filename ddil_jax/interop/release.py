@@ -1,6 +1,7 @@
 """A distilled student as a folder that diffusers samples from: network, scheduler, model card."""
 
 import json
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from ddil_jax import files
 from ddil_jax.diffusion import grids
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import diffusers as folders
+from ddil_jax.interop import pipelines
 from ddil_jax.lora import LoRA
 from ddil_jax.registry import unknown
 from ddil_jax.types import Params
@@ -32,6 +34,7 @@ class Sampling(NamedTuple):
     process: whose table it is, one of TABLES.
     timestep_scaling: of LCM's boundary condition.
     projected: x0 estimates were projected into the data's range on the way, which the card says.
+    guided: the scale is not folded in: whoever samples guides, at two calls of the network a step (a teacher).
   """
   sampler: str = "lcm"
   steps: int = 4
@@ -42,6 +45,7 @@ class Sampling(NamedTuple):
   process: str = "stable_diffusion"
   timestep_scaling: float = 10.0
   projected: bool = False
+  guided: bool = False
 
 
 def scheduler_config(sampling: Sampling) -> dict[str, Any]:
@@ -52,7 +56,7 @@ def scheduler_config(sampling: Sampling) -> dict[str, Any]:
   """
   _check(sampling)
   common = dict(num_train_timesteps=1000, trained_betas=None, clip_sample=False, thresholding=False,
-                prediction_type=PREDICTIONS[sampling.prediction], set_alpha_to_one=True, steps_offset=0,
+                prediction_type=PREDICTIONS[sampling.prediction], set_alpha_to_one=True, steps_offset=1,
                 rescale_betas_zero_snr=sampling.zero_terminal_snr) | TABLES[sampling.process]
   if sampling.sampler == "ddim":
     return common | dict(_class_name="DDIMScheduler", timestep_spacing="trailing")
@@ -82,31 +86,38 @@ def timesteps(sampling: Sampling) -> list[int]:
   return list(sampling.timesteps) or own(sampling.steps).tolist()
 
 
-def _usage(about: dict, scheduler: str, arguments: str, of_lora: bool) -> list[str]:
-  """The lines of Python that load the folder into a pipeline of the teacher and sample it."""
-  scheduler = f"scheduler = {scheduler}.from_pretrained(FOLDER, subfolder=\"scheduler\")"
+def _usage(about: dict, scheduler: str, arguments: str, of_lora: bool, whole: bool) -> list[str]:
+  """The lines of Python that load the folder, into a pipeline of the teacher where it is none, and sample it."""
+  load = f"scheduler = {scheduler}.from_pretrained(FOLDER, subfolder=\"scheduler\")"
   image = f"image = pipeline(prompt, {arguments}).images[0]"
+  if whole:
+    return ["pipeline = DiffusionPipeline.from_pretrained(FOLDER)", image]
   if not of_lora:
-    return ["unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder=\"unet\")", scheduler,
+    return ["unet = UNet2DConditionModel.from_pretrained(FOLDER, subfolder=\"unet\")", load,
             "pipeline = DiffusionPipeline.from_pretrained(TEACHER, unet=unet, scheduler=scheduler)", image]
   if about.get("config", {}).get("_class_name") != "UNet2DModel":
-    return [scheduler, "pipeline = DiffusionPipeline.from_pretrained(TEACHER, scheduler=scheduler)",
+    return [load, "pipeline = DiffusionPipeline.from_pretrained(TEACHER, scheduler=scheduler)",
             "pipeline.load_lora_weights(FOLDER)", image]
   # Which cannot load a LoRA by itself.
   return ["class Unet(PeftAdapterMixin, UNet2DModel):", "  pass", "", "unet = Unet.from_pretrained(TEACHER)",
-          "unet.load_lora_adapter(FOLDER, prefix=\"unet\", use_safetensors=True)", scheduler]
+          "unet.load_lora_adapter(FOLDER, prefix=\"unet\", use_safetensors=True)", load]
 
 
-def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = None, of_lora: bool = False) -> str:
+def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = None, of_lora: bool = False,
+               whole: bool = False) -> str:
   """README.md of the folder.
 
   Args:
     about: of the student's file, see `interop/diffusers.py::Loaded`.
     run: "config" and "results" (rows) of the training run, where there is one.
     of_lora: the folder has a LoRA instead of the network.
+    whole: the folder is a whole pipeline.
   """
   run, licence = run or {}, about.get("license") or "unknown"
-  arguments = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale:g}"
+  scale = sampling.guidance_scale
+  folded = scale != 1 and not sampling.guided and not about.get("config", {}).get("time_cond_proj_dim")
+  # A pipeline that is given a scale above 1 guides, on top of what the student has learned.
+  arguments = f"num_inference_steps={sampling.steps}, guidance_scale={1 if folded else scale:g}"
   if sampling.timesteps:
     arguments += f", timesteps={list(sampling.timesteps)}"
   terms = (f"under the licence {licence} of that model." if licence != "unknown" else
@@ -116,7 +127,9 @@ def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = Non
       f"# {sampling.steps}-step student", "",
       f"Distilled with ddil from `{about.get('source', 'unknown')}`, {terms}", "",
       f"It is sampled at the times {', '.join(map(str, timesteps(sampling)))} with the scheduler in `scheduler/`:", "",
-      "```python", *_usage(about, scheduler_config(sampling)["_class_name"], arguments, of_lora), "```", ""]
+      "```python", *_usage(about, scheduler_config(sampling)["_class_name"], arguments, of_lora, whole), "```", ""]
+  if folded:
+    lines += [f"Guidance with scale {scale:g} is folded into the network: pipelines are given 1, which is none.", ""]
   if sampling.sampler == "ddim" and 1000 % sampling.steps:
     lines += [f"{sampling.steps} does not divide 1000: a step of that scheduler does not end quite where the next one"
               " begins, so its images differ a little from those of the training code.", ""]
@@ -133,28 +146,33 @@ def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = Non
 
 
 def write(folder, params: Params, about: dict, sampling: Sampling, run: dict[str, Any] | None = None,
-          dtype: str = "float32", lora: LoRA | None = None) -> None:
-  """Writes `unet/` or `pytorch_lora_weights.safetensors`, `scheduler/` and README.md.
+          dtype: str = "float32", lora: LoRA | None = None, pipeline: str | os.PathLike = "") -> None:
+  """Writes `unet/` or `pytorch_lora_weights.safetensors`, `scheduler/` and README.md; or a whole pipeline.
 
   Args:
     params, about: of the student; `about` as `interop/diffusers.py::load` gave it for the teacher or the student.
     run: see `model_card`.
     dtype: of the weights.
     lora: of which `params` is the delta; None for a whole network.
+    pipeline: folder of the teacher's, from which all but UNet and scheduler is copied; "" writes no pipeline.
 
   Raises:
-    UsageError: what does not fit; a folder that has other files already.
+    UsageError: what does not fit; a folder that has other files already; see `pipelines.read`.
   """
   folder = pathlib.Path(folder)
   config = scheduler_config(sampling)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UsageError(f"{folder} exists already and is not an empty folder; give another one")
+  taken = pipelines.read(pipeline, about["config"]) if pipeline else None
   if lora:
     folders.export_lora(params, about, folder, lora.scale, dtype)
   else:
     folders.export(params, about, folder / "unet", dtype)
   files.write_json(folder / "scheduler" / "scheduler_config.json", config)
-  files.write_bytes(folder / "README.md", model_card(about, sampling, run, lora is not None).encode())
+  card = model_card(about, sampling, run, lora is not None, taken is not None)
+  files.write_bytes(folder / "README.md", card.encode())
+  if taken:
+    pipelines.write(folder, taken, about["config"]["_class_name"], config["_class_name"])
 
 
 def run_of(workdir) -> dict[str, Any]:

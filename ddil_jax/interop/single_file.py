@@ -27,8 +27,8 @@ _HEAD = 64  # channels of an attention head, but in the UNet of Stable Diffusion
 _UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
                "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2",
                "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out"}
-_BLOCK_NAMES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-                "out_layers.3": "conv2", "skip_connection": "conv_shortcut", "op": "conv"}
+_BLOCK_NAMES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+                "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut", "op": "conv"}
 # A tensor that only one kind of a UNet's parts has -> the kind.
 _KINDS = {"in_layers.2.weight": "resnets", "proj_in.weight": "attentions", "op.weight": "downsamplers",
           "conv.weight": "upsamplers"}
@@ -154,8 +154,8 @@ def _any(own: Tensors, end: str) -> Stored:
 
 def _heads(level: _Level) -> int:
   if level.channels % _HEAD and _block("", level):
-    raise UsageError(f"attention over {level.channels} channels is in no network of Stable Diffusion 2 or XL, whose heads"
-                     f" have {_HEAD}")
+    raise UsageError(f"attention over {level.channels} channels is in no network of Stable Diffusion 2 or XL, whose"
+                     f" heads have {_HEAD}")
   return max(1, level.channels // _HEAD)
 
 
@@ -228,7 +228,8 @@ def _clip(own: Tensors, xl: bool) -> tuple[dict[str, Any], Tensors]:
 
 
 def _open_clip(own: Tensors, xl: bool) -> tuple[dict[str, Any], Tensors]:
-  """OpenCLIP: q, k and v are stored as one. Stable Diffusion 2 reads the states before the last layer: it is left out."""
+  """OpenCLIP: q, k and v are stored as one. Stable Diffusion 2 reads the states before the last layer; it is left out.
+  """
   last = _count(own, r"transformer\.resblocks\.(\d{1,4})\.") - 1
   found: Tensors = {}
   for name, tensor in own.items():

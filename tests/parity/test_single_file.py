@@ -22,8 +22,9 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 import safetensors.torch  # noqa: E402 (needs PyTorch)
 from diffusers.loaders import single_file_utils  # noqa: E402 (needs PyTorch)
 
-SD1 = dict(sample_size=64, block_out_channels=(32, 64), cross_attention_dim=64, attention_head_dim=8, layers_per_block=1,
-           down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+SD1 = dict(sample_size=64, block_out_channels=(32, 64), cross_attention_dim=64, attention_head_dim=8,
+           layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+           up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
 XL = dict(sample_size=128, block_out_channels=(32, 64), cross_attention_dim=128, attention_head_dim=(1, 1),
           layers_per_block=2, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
           projection_class_embeddings_input_dim=6 * 256 + 5, transformer_layers_per_block=(1, 2),
@@ -34,9 +35,9 @@ TEXT = dict(hidden_size=64, intermediate_size=80, num_hidden_layers=2, num_atten
             max_position_embeddings=12, projection_dim=48, bos_token_id=97, eos_token_id=98)
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+ENDS = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
         "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0",
-        "conv_out": "out.2"}
+        "conv_in": "input_blocks.0.0", "conv_out": "out.2"}
 
 
 def unet_name(name, config):
@@ -97,7 +98,8 @@ def open_clip(state, prefix):
 
 def text_model(kind, **change):
   model = randomise(kind(transformers.CLIPTextConfig(**TEXT | change)))
-  return model, {name if name.startswith("text_") else f"text_model.{name}": x for name, x in model.state_dict().items()}
+  return model, {name if name.startswith("text_") else f"text_model.{name}": x
+                 for name, x in model.state_dict().items()}
 
 
 def read_back(file, out, component, kind):
@@ -113,11 +115,12 @@ def read_back(file, out, component, kind):
 
 
 def same(model, state):
-  """Whether a model has exactly these tensors."""
+  """Asserts that a model has exactly these tensors."""
   found = {name.removeprefix("text_model."): x for name, x in model.state_dict().items()}
   assert {name.removeprefix("text_model.") for name in state} == set(found)
-  assert all(torch.equal(found[name.removeprefix("text_model.")], x.reshape(found[name.removeprefix("text_model.")].shape))
-             for name, x in state.items())
+  for name, x in state.items():
+    own = found[name.removeprefix("text_model.")]
+    assert torch.equal(own, x.reshape(own.shape)), name
 
 
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
@@ -185,7 +188,7 @@ def test_the_text_encoder_of_stable_diffusion_2(tmp_path):
 @pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl", "ssd1b"])
 def test_configs_at_full_size(name, tmp_path):
   """The network that is read off the shapes is that of the published config.json; the file has a header only."""
-  published = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8} if name == "sd15" else FULL[name][2]
+  published = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8) if name == "sd15" else FULL[name][2]
   with torch.device("meta"):
     unet = diffusers.UNet2DConditionModel(**published)
   config = json.loads(unet.to_json_string())
