@@ -146,6 +146,8 @@ def parser() -> argparse.ArgumentParser:
   prepare.add_argument("--process", default="0/1", metavar="I/N", help="make this share of the shards only")
   prepare.add_argument("--keep_images", action="store_true", help="store the pixels next to the latents: the reference"
                        " of an evaluation")
+  prepare.add_argument("--dtype", default="float32", help="in which latents and text are stored: float32, or float16 at"
+                       " half the size")
   prepare.add_argument("--dry_run", action="store_true", help="say what it would take, and write nothing")
   plan = command("plan", "compile a config's step for machines that are not here: memory, operations,"
                  " collectives, time", workdir=False)

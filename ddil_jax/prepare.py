@@ -23,8 +23,11 @@ from ddil_jax.data.dataset import fit, to_unit
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.interop import diffusers, text, weights
 from ddil_jax.models.autoencoder_kl import AutoencoderKL
+from ddil_jax.registry import unknown
 
 SETTINGS = "settings.json"
+DTYPES = ("float32", "float16")
+_HALVED = ("latents", "text", "text_pooled")  # sizes above 2048 are no float16
 _BATCH_PIXELS, _MOST_BATCH = 2**21, 64  # 8 images of 512 x 512
 _SAY_EVERY = 10.0  # seconds
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
@@ -40,6 +43,7 @@ class Options(NamedTuple):
     image_size: pixels of each side; 0 takes what the autoencoder was made for.
     shard_size: examples of a shard.
     keep_images: store the pixels next to the latents.
+    dtype: of stored latents and text, one of DTYPES; they are computed, and read again, as float32.
   """
   vae: str = ""
   text_encoder: str = ""
@@ -48,6 +52,7 @@ class Options(NamedTuple):
   image_size: int = 0
   shard_size: int = 1000
   keep_images: bool = False
+  dtype: str = "float32"
 
 
 def prepare(source: str, out: str, options: Options = Options(), process: tuple[int, int] = (0, 1),
@@ -110,6 +115,8 @@ def _check(options: Options, process: tuple[int, int]) -> None:
     raise UsageError("--text_encoder and --tokenizer need each other: give both or none")
   if options.keep_images and not options.vae:
     raise UsageError("--keep_images needs --vae: without it the pixels are what is stored")
+  if options.dtype not in DTYPES:
+    raise UsageError(unknown("dtype", options.dtype, DTYPES))
   for name, least in (("image_size", 0), ("shard_size", 1)):
     if getattr(options, name) < least:
       raise UsageError(f"--{name}={getattr(options, name)}: at least {max(least, 1)} is expected")
@@ -131,7 +138,8 @@ def _settings(source: captioned.Source, options: Options) -> dict[str, Any]:
     found["tokenizer"] = {"name": pathlib.Path(options.tokenizer).resolve().name, "sha256": parts.hexdigest()}
   return {"source": {"kind": source.kind, "name": source.name}, "files": found,
           "image_size": _image_size(source, options), "shard_size": options.shard_size,
-          "keep_images": options.keep_images}
+          "keep_images": options.keep_images,
+          **({"dtype": options.dtype} if options.dtype != "float32" else {})}  # older sets do not name it
 
 
 def _image_size(source: captioned.Source, options: Options) -> int:
@@ -299,7 +307,7 @@ class _Found:
     for i, image in enumerate(batch):
       row = {name: x[i] for name, x in arrays.items()}
       if bad := [name for name, x in row.items() if not np.isfinite(x).all()]:
-        self.skipped.append((image.key, f"its {bad[0]} are not finite"))
+        self.skipped.append((image.key, f"its {bad[0]} are not finite as {row[bad[0]].dtype}"))
         continue
       if image.split == "test" or not image.split and prepared.is_test(image.key):
         self.test.append(self.count)
@@ -344,6 +352,7 @@ class _Encoder:
 
   def __init__(self, options: Options, image_size: int, has_images: bool):
     self.image_size, self._has_images, self._keep = image_size, has_images, options.keep_images
+    self._dtype = np.dtype(options.dtype)
     self.batch = max(1, min(_MOST_BATCH, _BATCH_PIXELS // image_size**2 if has_images and options.vae else _MOST_BATCH))
     encoders = [file for file in (options.text_encoder, options.text_encoder_2) if file]
     self._prompts = text.Prompts(encoders, options.tokenizer) if encoders else None
@@ -375,6 +384,8 @@ class _Encoder:
       if posterior:
         mean, std = jax.device_get(posterior)
         arrays["latents"] = mean + std * np.stack([posterior_noise(image.key, mean.shape[1:]) for image in full])
+      with np.errstate(over="ignore"):  # what is too large for it is skipped, and counted
+        arrays |= {name: arrays[name].astype(self._dtype) for name in _HALVED if name in arrays}
       if pixels is not None and (self._keep or not posterior):
         arrays["pixels"] = pixels
       return {name: x[:n] for name, x in arrays.items()}, encoded.cut[:n] if encoded else np.zeros(n, bool)

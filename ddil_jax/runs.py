@@ -241,8 +241,9 @@ def _train(config, workdir, setup, say):
     settings = loop.Settings(config.train.steps, config.train.log_every, config.train.eval_every,
                              config.train.checkpoint_every, config.train.max_bad_steps, config.eval.diagnose_every,
                              config.train.watchdog_seconds, config.train.profile_steps)
+    ahead = stack.enter_context(contextlib.closing(pipeline.Ahead(batches, start, config.train.steps)))
     clock.start(start)
-    state = loop.run_loop(runner, functools.partial(due_players, built.objective), state, frozen, batches, root,
+    state = loop.run_loop(runner, functools.partial(due_players, built.objective), state, frozen, ahead, root,
                           settings, loop.Hooks(log, save, evaluate_now, dump, diagnose, lambda: say(str(tally)),
                                                workdir / "profile"))
     state = runner.fetch(state)

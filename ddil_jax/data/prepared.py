@@ -7,8 +7,9 @@
     DIR/vae.safetensors                the autoencoder that decodes the latents
     DIR/skipped.jsonl                  what could not be used, and why
 
-An example has "key" and "caption" (UTF-8 as uint8 [n]), and of these what was asked for: "latents" float32 [h,w,c],
-"pixels" uint8 [H,W,3], "tokens" int32 [L], "text" float32 [L,D], "text_pooled" float32 [P], "time_ids" float32 [6].
+An example has "key" and "caption" (UTF-8 as uint8 [n]), and of these what was asked for: "latents" float [h,w,c],
+"pixels" uint8 [H,W,3], "tokens" int32 [L], "text" float [L,D], "text_pooled" float [P], "time_ids" float32 [6]. A float
+is float32 or, where the set was prepared so, float16; whoever reads the set gets float32.
 """
 
 import concurrent.futures
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -231,7 +233,7 @@ def _null(folder: pathlib.Path, index: Index) -> dict[str, np.ndarray]:
 
 
 class _Records:
-  """The examples of a split by their position in it; keeps those of the last call."""
+  """The examples of a split by their position in it; keeps those of the last call of each thread."""
 
   def __init__(self, folder: pathlib.Path, index: Index, split: str):
     self._paths, self._shards = [folder / shard.file for shard in index.shards], index.shards
@@ -247,7 +249,7 @@ class _Records:
       raise UsageError(f"{folder} has no {split} examples: of {sum(s.count for s in index.shards)}, about every"
                        f" {_TEST_EVERY}th is test")
     self._readers: dict[int, Any] = {}
-    self._last: tuple[bytes, list[dict[str, np.ndarray]]] = (b"", [])
+    self._last = threading.local()  # batches are read ahead, each by one thread
     self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
 
   def __len__(self) -> int:
@@ -256,15 +258,15 @@ class _Records:
   def __getitem__(self, index: np.ndarray) -> list[dict[str, np.ndarray]]:
     """The arrays of the examples at these positions."""
     at = np.arange(len(self))[index]  # as numpy reads an index: bounds, negative ones, slices
-    key, last = at.tobytes(), self._last
-    if key != last[0] or not last[1]:
+    key = at.tobytes()
+    if getattr(self._last, "key", None) != key:
       found: list[Any] = [None] * len(at)
       shards = np.unique(self._shard[at])
       for shard, rows in zip(shards, self._pool.map(lambda s: self._read(s, at[self._shard[at] == s]), shards)):
         for i, row in zip(np.flatnonzero(self._shard[at] == shard), rows, strict=True):
           found[i] = row
-      self._last = last = key, found
-    return last[1]
+      self._last.key, self._last.rows = key, found
+    return self._last.rows
 
   def verify(self) -> None:
     """Raises UsageError if a file is another one than the index names; reads them all."""
@@ -285,19 +287,19 @@ class _Records:
 
 
 class _Column:
-  """One field of all examples, read when it is asked for; pixels become floats in [-1, 1]."""
+  """One field of all examples, read when it is asked for; pixels become floats in [-1, 1], half floats float32."""
 
   def __init__(self, records: _Records, name: str, shape: tuple[int, ...], dtype: np.dtype):
     self._records, self._name = records, name
     self.shape = (len(records), *shape)
-    self.dtype = np.dtype(np.float32) if name == "pixels" else dtype
+    self.dtype = np.dtype(np.float32) if name == "pixels" or dtype == np.float16 else dtype
 
   def __len__(self) -> int:
     return self.shape[0]
 
   def __getitem__(self, index) -> np.ndarray:
     rows = np.stack([row[self._name] for row in self._records[index]])
-    return to_unit(rows, (0, 255)) if self._name == "pixels" else rows
+    return to_unit(rows, (0, 255)) if self._name == "pixels" else rows.astype(self.dtype, copy=False)
 
 
 class _NoImages:

@@ -1,5 +1,6 @@
 """`ddil prepare`: sources, what is skipped, shards that continue, how sets are read. Networks: test_prepare_parity."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,6 +108,10 @@ def test_larger_sets_stay_on_disk(many, monkeypatch):
   a, b = pipeline.batches(data, 8, 3), pipeline.batches(whole, 8, 3)
   for step in (0, 11, 5):
     np.testing.assert_array_equal(a[step]["image"], b[step]["image"], strict=True)
+  # In order they are read ahead, by several threads, from any step on.
+  with contextlib.closing(pipeline.Ahead(a, 5, 40)) as ahead:
+    for step in range(5, 40):
+      np.testing.assert_array_equal(ahead[step]["image"], b[step]["image"], strict=True)
 
   read = []
   monkeypatch.setattr(prepared._Records, "_read", lambda self, shard, at, f=prepared._Records._read: (
@@ -484,6 +489,7 @@ def test_records_are_safetensors():
     (["{src}", "--image_size=8", "--process=2/2"], "--process=2/2: I/N with I from 0 to N - 1"),
     (["{src}", "--image_size=8", "--process=x"], "--process=x: I/N is expected"),
     (["{src}", "--image_size=8", "--keep_images"], "--keep_images needs --vae"),
+    (["{src}", "--image_size=8", "--dtype=bfloat16"], "unknown dtype 'bfloat16'; did you mean float16"),
     (["{src}", "--image_size=8", "--tokenizer=x"], "--text_encoder and --tokenizer need each other"),
     (["{src}", "--image_size=8", "--text_encoder_2=x"], "--text_encoder_2 needs --text_encoder"),
     (["{src}", "--image_size=8", "--vae={tmp}/x.bin"], "x.bin is damaged"),

@@ -150,20 +150,40 @@ def test_a_set_is_whole_and_can_be_mended(theirs, source, pipeline_folder, tmp_p
 
 
 def test_statistics_and_lazy_rows(theirs, source, pipeline_folder, tmp_path, monkeypatch):
-  """Bounds, mean and deviation per channel are those of all latents; on disk the rows are the same."""
+  """Bounds, mean and deviation per channel are those of all latents; on disk the rows are the same.
+
+  In half precision they are rounded, take half the space, and what is too large for it is skipped.
+  """
   options = prepare.Options(f"{pipeline_folder}/vae.safetensors", f"{pipeline_folder}/text_encoder.safetensors",
                             tokenizer=f"{pipeline_folder}/tokenizer", shard_size=2, keep_images=True)
-  index = prepare.prepare(str(source), str(tmp_path), options)
-  data, rows = load_all(tmp_path)
+  index = prepare.prepare(str(source), str(tmp_path / "full"), options)
+  data, rows = load_all(tmp_path / "full")
   latents = np.stack([row["image"] for found in rows.values() for row in found])
   flat = latents.reshape(-1, latents.shape[-1])
   np.testing.assert_array_equal(data.bounds, [flat.min(0), flat.max(0)])
   np.testing.assert_allclose(index.latents["mean"], flat.mean(0), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(index.latents["std"], flat.std(0), rtol=1e-4)
   assert index.latents["scaling_factor"] == making.VAE["scaling_factor"]
-  data = pipeline.load("prepared", path=tmp_path)
+  data = pipeline.load("prepared", path=tmp_path / "full")
+
+  names, noise = [f"{i:03d}.png" for i in range(COUNT)], prepare.posterior_noise
+  monkeypatch.setattr(prepare, "posterior_noise", lambda key, shape: noise(key, shape) * 1e7**(key == "003.png"))
+  half_index = prepare.prepare(str(source), str(tmp_path / "half"), options._replace(dtype="float16"))
+  half = pipeline.load("prepared", path=tmp_path / "half")
+  assert half_index.skipped == {"its latents are not finite as float16": 1}
+  kept = np.flatnonzero([key != "003.png" for key in names if not prepared.is_test(key)])
+  assert len(kept) == len(data.images) - 1
+  for a, b in ((half.images, data.images), (half.cond["text"], data.cond["text"])):
+    np.testing.assert_array_equal(a, b[kept].astype(np.float16).astype(np.float32), strict=True)
+  stored = np.concatenate([half.images, pipeline.load("prepared", path=tmp_path / "half", split="test").images])
+  np.testing.assert_array_equal(half.bounds, [stored.min((0, 1, 2)), stored.max((0, 1, 2))])
+  sizes = [{name: np.dtype(f["dtype"]).itemsize for name, f in i.fields.items()} for i in (index, half_index)]
+  assert [size.pop("latents") + size.pop("text") for size in sizes] == [8, 4] and sizes[0] == sizes[1]
+
   monkeypatch.setattr(prepared, "_IN_MEMORY", 0)
-  lazy = pipeline.load("prepared", path=tmp_path)
+  lazy = pipeline.load("prepared", path=tmp_path / "half")
+  np.testing.assert_array_equal(lazy.images[np.array([3, 1])], half.images[np.array([3, 1])], strict=True)
+  lazy = pipeline.load("prepared", path=tmp_path / "full")
   assert not isinstance(lazy.images, np.ndarray)
   at = np.array([2, 0, 2])
   for a, b in ((lazy.images, data.images), (lazy.pixels, data.pixels), (lazy.cond["text"], data.cond["text"])):
