@@ -84,7 +84,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
   parts, init_teacher = make_parts(config, dataset)
   objective = with_lora(config, make_objective(config, parts))
   distribution = make_states(config, parts, objective)
-  if "forward" in distribution.sources and np.isnan(dataset.images[np.arange(1)]).all():
+  if "forward" in distribution.sources and _prompts_only(dataset):
     raise UsageError(f"the set {config.data.path} has prompts and no images, so there are no forward states of it:"
                      " --config.states.forward=0 with states of student or teacher")
   average = optim.warm_ema if config.train.ema_warmup else float
@@ -149,13 +149,7 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
       raise UsageError(registry.unknown("kind in config.eval.shift_kinds", kind, SHIFT_KINDS))
   if config.eval.reference not in pipeline.SPLITS:
     raise UsageError(registry.unknown("split config.eval.reference", config.eval.reference, pipeline.SPLITS))
-  if built.dataset.decoder:
-    if not config.eval.get("extractor", ""):
-      raise UsageError(f"the data set {built.dataset.name} holds latents, which the small classifier does not know: give"
-                       " config.eval.extractor, such as clip:FILE, to measure decoded images")
-    if built.dataset.pixels is None:
-      raise UsageError(f"the data set {built.dataset.name} has no images to compare decoded samples with: `ddil prepare"
-                       " --keep_images` stores them next to the latents")
+  _check_what_is_measured(config, built.dataset)
   if config.eval.get("captions", "") and built.dataset.tokens is None:
     raise UsageError(f"config.eval.captions={config.eval.captions}: the data set {built.dataset.name} has no prompts")
   images = len(built.dataset.images) if config.eval.reference == "train" else None
@@ -169,6 +163,30 @@ def check_evaluation(config: ConfigDict, built: Built) -> None:
                        f"{', as the bootstrap halves them' * halved}; num_samples is {config.eval.num_samples}")
   except UsageError as error:
     raise UsageError(f"config.eval: {error}") from None
+
+
+def _prompts_only(dataset: Dataset) -> bool:
+  return bool(np.isnan(dataset.images[np.arange(1)]).all())
+
+
+def needs_extractor(config: ConfigDict) -> bool:
+  """Whether an evaluation asks a network for features or logits of images."""
+  of_shift = config.eval.shift_samples > 0 and "features" in config.eval.shift_kinds
+  return of_shift or bool(set(config.eval.metrics) & {*results.OF_FEATURES, *results.OF_LOGITS})
+
+
+def _check_what_is_measured(config: ConfigDict, dataset: Dataset) -> None:
+  """Raises UsageError for measures that need images, or a network that knows them, where there are none."""
+  prompts, without = _prompts_only(dataset), f"the data set {dataset.name} has no images to compare"
+  if (dataset.decoder or prompts) and needs_extractor(config) and not config.eval.get("extractor", ""):
+    raise UsageError(f"the data set {dataset.name} holds {'prompts' if prompts else 'latents'}, which the small"
+                     " classifier does not know: give config.eval.extractor, such as clip:FILE, to measure decoded images")
+  if (dataset.decoder or prompts) and dataset.pixels is None:
+    if against := sorted(set(config.eval.metrics) & set(results.AGAINST_REFERENCE)):
+      raise UsageError(f"{without} decoded samples with: `ddil prepare --keep_images` stores them next to the latents;"
+                       f" or leave {' and '.join(against)} out of config.eval.metrics")
+  if prompts and config.eval.shift_samples:
+    raise UsageError(f"{without} rollouts with: set config.eval.shift_samples to 0")
 
 
 def pixel_shape(dataset: Dataset) -> tuple[int, int, int]:

@@ -73,9 +73,12 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   data = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
   classes = built.dataset.num_classes
   metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
-  networks = load_networks(config, build_lib.pixel_shape(built.dataset), metrics, built.dataset)
-  reference = InMemory(data.images if data.pixels is None else data.pixels[np.arange(len(data.labels))])
-  name = reference_name(data.name, config.eval.reference, reference, networks)
+  networks = load_networks(config, build_lib.pixel_shape(built.dataset), metrics, built.dataset,
+                           build_lib.needs_extractor(config))
+  reference, name = None, config.eval.reference
+  if set(metrics) & set(results.AGAINST_REFERENCE):
+    reference = InMemory(data.images if data.pixels is None else data.pixels[np.arange(len(data.labels))])
+    name = reference_name(data.name, config.eval.reference, reference, networks)
   each = config.eval.get("samples_per_prompt", 1)
   cond = conditions(data, config.eval.num_samples, each)
   # Whose samples are compared with each other by the measures of diversity.
@@ -128,9 +131,9 @@ class _First:
     return np.concatenate(self._kept)
 
 
-def measure_images(config, batches, num: int, labels, reference: ImageSet, name: str, networks: "Networks",
+def measure_images(config, batches, num: int, labels, reference: ImageSet | None, name: str, networks: "Networks",
                    metrics) -> results.Measured:
-  """Metrics of `num` images in batches against a reference of that name."""
+  """Metrics of `num` images in batches against a reference of that name; None where no metric needs one."""
   options = build_lib.evaluation_options(config)
   diversity = perceptual.LpipsDiversity(networks.lpips, labels, options)
   measured = results.evaluate(batches if networks.lpips is None else diversity.tap(batches), labels, reference, name,
@@ -219,20 +222,27 @@ class Networks(NamedTuple):
   """What images are measured with.
 
   Attributes:
-    extractor: of features and logits.
+    extractor: of features and logits; None where nothing asks for them.
     judge: of class accuracy, where that is not the extractor.
     lpips: of LPIPS-diversity, or None.
     own: the extractor is the small classifier of the data set, whose name says which set that is.
   """
-  extractor: features.Extractor
+  extractor: features.Extractor | None
   judge: features.Extractor | None
   lpips: features.Extractor | None
   own: bool
 
 
-def load_networks(config, image_shape, metrics, dataset) -> Networks:
-  """The networks that the config names; the small classifier is that of the data set."""
-  published, lpips = (load_published(config, field, image_shape) for field in ("extractor", "lpips"))
+def load_networks(config, image_shape, metrics, dataset, needed: bool = True) -> Networks:
+  """The networks that the config names; the small classifier is that of the data set.
+
+  Args:
+    needed: whether anything asks the extractor.
+  """
+  lpips = load_published(config, "lpips", image_shape)
+  if not needed:
+    return Networks(None, None, lpips, True)
+  published = load_published(config, "extractor", image_shape)
   classifier = build_lib.load_classifier(config, dataset) if published is None or "class_accuracy" in metrics else None
   return Networks(published or classifier, classifier if published else None, lpips, published is None)
 

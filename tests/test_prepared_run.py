@@ -1,6 +1,7 @@
 """Runs on what `ddil prepare` wrote: latents and prompts in, decoded images out."""
 
 import json
+import pathlib
 
 import flax
 import jax
@@ -13,7 +14,7 @@ from ddil_jax import config as config_lib
 from ddil_jax.config import folder
 from ddil_jax.data import fake, prepared
 from ddil_jax.errors import UsageError
-from ddil_jax.interop import extractors, weights
+from ddil_jax.interop import configs, diffusers, extractors, weights
 from ddil_jax.main import main
 from tests.data import making
 from tests.data.conftest import pipeline_folder  # noqa: F401 (a fixture)
@@ -57,8 +58,10 @@ def train(run, data, unet, extractor) -> list[str]:
 
 def test_what_cannot_be_measured_is_refused_before_training(made, extractor, tmp_path, refuse):  # noqa: F811
   data, unet, latents = made
-  assert "holds latents, which the small classifier does not know" in refuse(*train(tmp_path / "run", data, unet, ""))
-  line = refuse(*train(tmp_path / "run", latents, unet, f"clip:{extractor}"))
+  fd = "--config.eval.metrics=('fd',)"
+  line = refuse(*train(tmp_path / "run", data, unet, ""), fd)
+  assert "holds latents, which the small classifier does not know" in line
+  line = refuse(*train(tmp_path / "run", latents, unet, f"clip:{extractor}"), fd)
   assert "has no images to compare decoded samples with: `ddil prepare --keep_images`" in line
   assert "prepared with image_size 16, not 8" in refuse(*train(tmp_path / "run", data, unet, ""),
                                                         "--config.data.image_size=8")
@@ -102,7 +105,9 @@ def test_a_run_on_latents(made, extractor, pipeline_folder, tmp_path, monkeypatc
   assert "--tokenizer=FOLDER is needed" in refuse(*sample("--prompt=a cat", encoder))
 
 
-def test_prompts_alone_have_no_forward_states(pipeline_folder, tmp_path):  # noqa: F811
+@pytest.fixture
+def prompts(pipeline_folder, tmp_path):  # noqa: F811
+  """Fields of a run on 40 prompts without images, of a tiny network without weights."""
   (tmp_path / "prompts.txt").write_text("".join(f"a cat with {i} tails\n" for i in range(40)))
   options = prepare.Options(vae=f"{pipeline_folder / 'vae'}.safetensors", image_size=16, keep_images=False,
                             text_encoder=f"{pipeline_folder / 'text_encoder'}.safetensors",
@@ -110,11 +115,44 @@ def test_prompts_alone_have_no_forward_states(pipeline_folder, tmp_path):  # noq
   prepare.prepare(str(tmp_path / "prompts.txt"), str(tmp_path / "set"), options)
   unet = json.loads((folder() / "unets" / "tiny.json").read_text()) | {"cross_attention_dim": making.TEXT["hidden_size"]}
   (tmp_path / "unet.json").write_text(json.dumps(unet))
-  fields = {"data.name": "prepared", "data.path": str(tmp_path / "set"), "data.image_size": "0",
-            "model.file": str(tmp_path / "unet.json")}
-  data = prepared.load(tmp_path / "set")
-  with pytest.raises(UsageError, match="has prompts and no images.*states.forward=0"):
-    build.build(config_lib.load("configs/emoji_dmd2.py:ddil,smoke", fields), data)
+  return {"data.name": "prepared", "data.path": str(tmp_path / "set"), "data.image_size": "0",
+          "model.file": str(tmp_path / "unet.json")}
+
+
+def test_prompts_alone_have_no_forward_states(prompts):
+  """Nor images to be compared with; the student's own states suffice, and what is measured of samples alone."""
+  data, on_own = prepared.load(prompts["data.path"]), {"states.forward": "0", "states.student": "1"}
+
+  def built(fields):
+    given = prompts | fields
+    return build.build(config_lib.load("configs/emoji_dmd2.py:ddil,smoke", given), data)
+
+  alone = on_own | {"eval.metrics": "('saturation',)"}
+  for fields, words in [({}, "has prompts and no images.*states.forward=0"),
+                        (on_own | {"eval.metrics": "('fd',)", "eval.extractor": "x"}, "leave fd out of config.eval"),
+                        (on_own | {"eval.metrics": "('vendi',)"}, "holds prompts, which the small classifier"),
+                        (alone | {"eval.shift_kinds": "()"}, "set config.eval.shift_samples to 0")]:
+    with pytest.raises(UsageError, match=words):
+      built(fields)
+  assert built(alone | {"eval.shift_samples": "0"}).dataset.pixels is None
+
+
+@pytest.mark.slow
+def test_dmd2_learns_from_prompts_alone(prompts, tmp_path):
+  """Without GAN, which needs images, on the student's own states."""
+  config = json.loads(pathlib.Path(prompts["model.file"]).read_text())
+  module, _ = configs.make(config)
+  flat = flax.traverse_util.flatten_dict(weights.template(module, *module.example())["params"])
+  rng = np.random.default_rng(0)
+  params = flax.traverse_util.unflatten_dict({path: making.draw(rng, path, leaf.shape) for path, leaf in flat.items()})
+  diffusers.save(tmp_path / "unet", params, {"kind": diffusers.KIND, "config": config, "source": "", "license": ""})
+  fields = prompts | {"model.file": tmp_path / "unet", "states.forward": 0, "states.student": 1, "train.batch_size": 8}
+  run = tmp_path / "run"
+  assert main(["train", "--config=configs/emoji_dmd2.py:smoke", f"--workdir={run}", *SHORT,
+               *(f"--config.{field}={value}" for field, value in fields.items())]) == 0
+  rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  assert np.isfinite([row["critic/loss"] for row in rows if "critic/loss" in row]).all()
+  assert list(json.loads((run / "results.json").read_text())[0]["metrics"]) == ["saturation@6/-/-"]
 
 
 def test_own_prompts_are_encoded_as_those_of_the_set(made, pipeline_folder):  # noqa: F811

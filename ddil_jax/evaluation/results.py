@@ -121,16 +121,16 @@ def check_logits(metrics: Iterable[str], num_classes: int, name: str) -> None:
       raise UsageError(f"{metric} needs logits; the extractor {name} has none: take a classifier's, or leave it out")
 
 
-def evaluate(samples, labels, reference, reference_name: str, extractor: Extractor, metrics=METRICS, cache_dir=None,
-             options: Options = Options(), classifier: Extractor | None = None) -> Measured:
+def evaluate(samples, labels, reference, reference_name: str, extractor: Extractor | None, metrics=METRICS,
+             cache_dir=None, options: Options = Options(), classifier: Extractor | None = None) -> Measured:
   """Measures samples against a reference set; of the images only one batch is held at a time.
 
   Args:
     samples: [N,H,W,C], or batches of such; measured as they are (not clipped).
     labels: int [N] that the samples were asked to be; None where there are none.
-    reference: [M,H,W,C], or an `ImageSet`.
+    reference: [M,H,W,C], or an `ImageSet`; None where no metric needs it.
     reference_name: "train", "test".
-    extractor: gives features and logits.
+    extractor: gives features and logits; None where no metric needs them.
     metrics: some of METRICS.
     cache_dir: where to keep the features of the reference; None keeps them in memory only.
     options: of the metrics and their intervals.
@@ -141,7 +141,8 @@ def evaluate(samples, labels, reference, reference_name: str, extractor: Extract
       no logits for the inception score.
   """
   check(metrics, np.iinfo(int).max, options=options)
-  check_logits(set(metrics) - {"class_accuracy" if classifier else ""}, extractor.num_classes, extractor.name)
+  if extractor is not None:
+    check_logits(set(metrics) - {"class_accuracy" if classifier else ""}, extractor.num_classes, extractor.name)
   if "class_accuracy" in metrics and labels is None:
     raise UsageError("class_accuracy needs labels; give them or leave it out of the metrics")
   if not re.fullmatch(r"[^/\s]+", reference_name):
@@ -165,8 +166,9 @@ def evaluate(samples, labels, reference, reference_name: str, extractor: Extract
     draws = _draws(statistics, labels, known, metrics, options, keep)
 
   def name(metric):
-    by = {"saturation": _NONE, "class_accuracy": (judge or extractor).name}.get(metric, extractor.name)
-    return str(MetricName(metric, statistics.count, reference_name if metric in AGAINST_REFERENCE else _NONE, by))
+    by = judge if judge and metric == "class_accuracy" else None if metric == "saturation" else extractor
+    return str(MetricName(metric, statistics.count, reference_name if metric in AGAINST_REFERENCE else _NONE,
+                          by.name if by else _NONE))
 
   return Measured({name(metric): values[metric] for metric in metrics},
                   {name(metric): bs.interval(values[metric], draws[metric]) for metric in metrics if metric in draws})
