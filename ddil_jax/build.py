@@ -87,6 +87,9 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Built:
   if "forward" in distribution.sources and _prompts_only(dataset):
     raise UsageError(f"the set {config.data.path} has prompts and no images, so there are no forward states of it:"
                      " --config.states.forward=0 with states of student or teacher")
+  if config.objective.get("gan_weight", 0) and _prompts_only(dataset):
+    raise UsageError(f"config.objective.gan_weight={config.objective.gan_weight}: a GAN needs images, and the set"
+                     f" {config.data.path} has prompts only; set it to 0")
   average = optim.warm_ema if config.train.ema_warmup else float
   decays = {decay_name(d): average(d) for d in config.train.ema} | dict(objective.targets)
   if config.states.rollout_params != "raw" and config.states.rollout_params not in decays:

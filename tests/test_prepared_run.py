@@ -129,6 +129,7 @@ def test_prompts_alone_have_no_forward_states(prompts):
 
   alone = on_own | {"eval.metrics": "('saturation',)"}
   for fields, words in [({}, "has prompts and no images.*states.forward=0"),
+                        (on_own | {"objective.gan_weight": "1"}, "a GAN needs images"),
                         (on_own | {"eval.metrics": "('fd',)", "eval.extractor": "x"}, "leave fd out of config.eval"),
                         (on_own | {"eval.metrics": "('vendi',)"}, "holds prompts, which the small classifier"),
                         (alone | {"eval.shift_kinds": "()"}, "set config.eval.shift_samples to 0")]:
