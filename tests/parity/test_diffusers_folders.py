@@ -28,7 +28,7 @@ from tests.running import refuse  # noqa: F401 (a fixture)
 
 transformers = pytest.importorskip("transformers", reason=REASON)
 STEPS, SHAPE, SCALE = 4, (2, 8, 8, 4), 7.5
-PROMPTS = ["a red square", "a big circle"]
+PROMPTS, DMD2 = ["a red square", "a big circle"], [999, 749, 499, 249]
 
 
 pytestmark = pytest.mark.xdist_group("diffusers_folders")  # its fixture is made once
@@ -57,9 +57,9 @@ def student(tmp_path_factory):
   kernel = start.params["time_embedding"]["cond_proj"]["kernel"]
   kernel[:] = np.random.default_rng(0).standard_normal(kernel.shape)
   folders.save(base / "trained", start.params, start.about)
-  for sampler in ("lcm", "ddim"):
-    assert main(["export", str(base / "trained"), f"--out={base / sampler}", f"--sampler={sampler}",
-                 f"--steps={STEPS}", f"--guidance_scale={SCALE}", f"--pipeline={teacher}"]) == 0
+  for sampler, *how in (("lcm",), ("ddim", "--sampler=ddim"), ("dmd2", f"--timesteps={','.join(map(str, DMD2))}")):
+    assert main(["export", str(base / "trained"), f"--out={base / sampler}", *how, f"--steps={STEPS}",
+                 f"--guidance_scale={SCALE}", f"--pipeline={teacher}"]) == 0
   return base
 
 
@@ -76,12 +76,12 @@ def test_what_we_write_is_what_they_had(student):
   assert {k for k in ours if ours[k] != theirs[k]} <= {"time_cond_proj_dim", "_name_or_path"}
 
 
-@pytest.mark.parametrize("sampler", ["lcm", "ddim"])
+@pytest.mark.parametrize("sampler", ["lcm", "ddim", pytest.param("dmd2", marks=pytest.mark.slow)])
 def test_images_agree(student, sampler):
   """Our folder is their pipeline: the same prompts and noise give the same latents and the same images."""
   pipeline = diffusers.DiffusionPipeline.from_pretrained(student / sampler)
   assert type(pipeline) is diffusers.StableDiffusionPipeline and pipeline.scheduler.config.steps_offset == 1
-  assert type(pipeline.scheduler) is (diffusers.LCMScheduler if sampler == "lcm" else diffusers.DDIMScheduler)
+  assert type(pipeline.scheduler) is (diffusers.DDIMScheduler if sampler == "ddim" else diffusers.LCMScheduler)
   pipeline.set_progress_bar_config(disable=True)
   to_torch = lambda v: torch.from_numpy(np.asarray(v).transpose(0, 3, 1, 2).copy())  # noqa: E731
   x_T, noise = draws()
@@ -90,6 +90,7 @@ def test_images_agree(student, sampler):
     # LCM's scheduler draws its noise inside: it gets ours.
     patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda *a, **k: to_torch(next(draw)))
     wanted = pipeline(PROMPTS, num_inference_steps=STEPS, guidance_scale=SCALE, latents=to_torch(x_T), output_type="np",
+                      timesteps=DMD2 if sampler == "dmd2" else None,
                       callback_on_step_end=lambda pipe, i, t, state: found.append(state["latents"]) or {}).images
   latents = sample(student, sampler)
   theirs = found[-1].numpy().transpose(0, 2, 3, 1)
@@ -188,9 +189,10 @@ def sample(base, sampler):
   loaded = folders.load(base / "trained")
   table = process.stable_diffusion()
   denoiser = prediction.make_denoiser(as_net_fn(loaded.module).apply, table, prediction.make("eps"))
+  solver, grid = solvers.renoise(), grids.make("dmd2", STEPS, table)
   if sampler == "lcm":
-    denoiser, solver, grid = consistency_function(denoiser), solvers.renoise(), grids.lcm(STEPS)
-  else:
+    denoiser, grid = consistency_function(denoiser), grids.lcm(STEPS)
+  elif sampler == "ddim":
     solver, grid = solvers.ddim(), grids.ddim(STEPS)
   x_T, _ = draws()
   keys = jax.random.split(jax.random.key(3), len(x_T))
