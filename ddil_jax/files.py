@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -87,13 +87,27 @@ def digest(arrays: dict[str, np.ndarray], about="") -> str:
   return h.hexdigest()
 
 
+def digest_rows(name: str, shape: tuple[int, ...], batches: Iterable[np.ndarray]) -> str:
+  """`digest` of one array by this name, of which batches of rows come one by one; at least one."""
+  h = _begin("")
+  for i, x in enumerate(batches):
+    if not i:
+      h.update(_header(name, x.dtype, shape))
+    h.update(_bytes(np.ascontiguousarray(x)))
+  return h.hexdigest()
+
+
 def _begin(about):
   return hashlib.sha256(json.dumps(about, sort_keys=True).encode())
 
 
 def _add(h, name, x):
-  h.update(f"\0{name}\0{x.dtype.str}\0{x.shape}\0".encode())
+  h.update(_header(name, x.dtype, x.shape))
   h.update(_bytes(x))
+
+
+def _header(name, dtype, shape):
+  return f"\0{name}\0{dtype.str}\0{tuple(shape)}\0".encode()
 
 
 def _bytes(x):

@@ -15,7 +15,7 @@ from ddil_jax import shift as shift_lib
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import features, grids, perceptual, results, sampling
-from ddil_jax.evaluation.image_sets import ImageSet, InMemory
+from ddil_jax.evaluation.image_sets import ImageSet, image_set
 from ddil_jax.interop import diffusers, extractors
 from ddil_jax.models.autoencoder_kl import AutoencoderKL
 from ddil_jax.training import parallel
@@ -77,7 +77,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
                            build_lib.needs_extractor(config))
   reference, name = None, config.eval.reference
   if set(metrics) & set(results.AGAINST_REFERENCE):
-    reference = InMemory(data.images if data.pixels is None else data.pixels[np.arange(len(data.labels))])
+    reference = image_set(data.images if data.pixels is None else data.pixels)
     name = reference_name(data.name, config.eval.reference, reference, networks)
   each = config.eval.get("samples_per_prompt", 1)
   cond = conditions(data, config.eval.num_samples, each)

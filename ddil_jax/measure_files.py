@@ -17,7 +17,7 @@ from ddil_jax.data import image_files, pipeline
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import results
-from ddil_jax.evaluation.image_sets import ImageSet, InMemory
+from ddil_jax.evaluation.image_sets import ImageSet, image_set
 from ddil_jax.training.logging import versions
 
 
@@ -115,7 +115,7 @@ def open_reference(config: ConfigDict, text: str, split: str, own_data: bool = F
   if split:
     train = build_lib.load_data(config, "train")
     data = train if split == "train" else build_lib.load_data(config, split)
-    return Reference(InMemory(data.images), data.name, tuple(map(str, range(data.num_classes))), lambda: train)
+    return Reference(image_set(data.images), data.name, tuple(map(str, range(data.num_classes))), lambda: train)
   if not pathlib.Path(text).exists():
     raise UsageError(f"no reference {text}: neither a folder or file, nor a split of a data set, NAME/train or NAME/test"
                      f" with NAME one of {', '.join(pipeline.names())}")

@@ -49,6 +49,31 @@ class InMemory:
     return (self._images[i:i + _BATCH] for i in range(0, len(self._images), _BATCH))
 
 
+class OnDisk:
+  """Images [N,H,W,C] in [-1, 1] that are read as they are asked for, `rows[index]`, as an `ImageSet`.
+
+  Its content is that of `InMemory`, so that a set has one name and one file of features wherever it lies.
+  """
+
+  preprocessing = "none"
+
+  def __init__(self, rows, name: str = "images"):
+    self._rows, self._name, self.shape = rows, name, tuple(rows.shape)
+
+  @functools.cached_property
+  def content(self) -> str:
+    return files.digest_rows("images", self.shape, self.batches())
+
+  def batches(self) -> Iterator[np.ndarray]:
+    n = self.shape[0]
+    return (checks.images(self._rows[np.arange(i, min(i + _BATCH, n))], self._name) for i in range(0, n, _BATCH))
+
+
+def image_set(rows, name: str = "images") -> ImageSet:
+  """Images as an array, or as rows that are read when they are asked for."""
+  return InMemory(rows, name) if isinstance(rows, np.ndarray) else OnDisk(rows, name)
+
+
 class Statistics(NamedTuple):
   """What metrics need of N images.
 

@@ -24,6 +24,7 @@ from PIL import Image
 from ddil_jax import prepare
 from ddil_jax.data import captioned, pipeline, prepared
 from ddil_jax.errors import RunError, UsageError
+from ddil_jax.evaluation import image_sets
 from ddil_jax.main import main
 from tests.data import making
 from tests.running import ROOT, refuse  # noqa: F401 (a fixture)
@@ -105,6 +106,10 @@ def test_larger_sets_stay_on_disk(many, monkeypatch):
   with pytest.raises(IndexError):
     data.images[np.array([len(whole.images)])]
   assert pipeline.preflight(data) == pipeline.preflight(whole)
+  monkeypatch.setattr(image_sets, "_BATCH", 16)
+  on_disk, in_memory = image_sets.image_set(data.images), image_sets.image_set(whole.images)
+  assert type(on_disk) is image_sets.OnDisk and on_disk.content == in_memory.content and on_disk.shape == in_memory.shape
+  assert [len(batch) for batch in on_disk.batches()][:2] == [16, 16]
   a, b = pipeline.batches(data, 8, 3), pipeline.batches(whole, 8, 3)
   for step in (0, 11, 5):
     np.testing.assert_array_equal(a[step]["image"], b[step]["image"], strict=True)
