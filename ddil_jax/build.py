@@ -113,9 +113,14 @@ _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1)
              ("teacher.guidance_embedding", 0), ("teacher.channels", 0),
              ("teacher.num_res_blocks", 0), ("optimizer.learning_rate", 0), ("optimizer.critic_learning_rate", 0),
              ("optimizer.warmup_steps", 0), ("optimizer.clip", 0), ("states.dagger_probability", 0),
+             ("states.teacher_steps", 1), ("states.refresh_every", 1),
              ("eval.num_samples", 6), ("eval.samples_per_prompt", 1),
              ("eval.batch_size", 1), ("eval.shift_samples", 0), ("eval.diagnose_every", 0),
-             ("objective.num_steps", 1), ("objective.sampler_steps", 1), ("objective.num_scales", 1))
+             ("objective.num_steps", 1), ("objective.sampler_steps", 1), ("objective.num_scales", 1),
+             ("objective.label_dropout", 0), ("objective.target_decay", 0), ("objective.gan_weight", 0),
+             ("objective.gan_critic_weight", 0))
+_AT_MOST = (("states.dagger_probability", 1), ("model.dropout", 0.999), ("objective.label_dropout", 1),
+            ("objective.target_decay", 1))
 
 
 def check_numbers(config: ConfigDict) -> None:
@@ -125,9 +130,9 @@ def check_numbers(config: ConfigDict) -> None:
     if name in config[group] and not config[group][name] >= least:
       raise UsageError(f"config.{field}={config[group][name]}: at least {least} is needed")
   compiling.check_profile_steps(config.train.profile_steps)
-  for field, bound in (("states.dagger_probability", 1), ("model.dropout", 0.999)):
+  for field, bound in _AT_MOST:
     group, name = field.split(".")
-    if config[group][name] > bound:
+    if name in config[group] and config[group][name] > bound:
       raise UsageError(f"config.{field}={config[group][name]}: at most {bound} is possible")
   for group in ("model", "teacher"):
     mult = config[group].channel_mult
@@ -237,6 +242,8 @@ def decay_name(decay: float) -> str:
 def load_data(config: ConfigDict, split: str) -> Dataset:
   """A split of the config's data set."""
   data = config.data
+  if data.name == "folder" and not data.path:
+    raise UsageError("config.data.path is not given: the data set folder is a folder of your images")
   given = dict(data_dir=data.data_dir or None, manual_dir=data.manual_dir or None, path=data.path or None,
                image_size=data.image_size or None)
   if data.name == "fake_text" and config.model.get("file", ""):
@@ -440,9 +447,17 @@ def make_reflection(config: ConfigDict, dataset: Dataset) -> Callable[[str], tra
   if r.kind != "identity" and () in (lo, hi):
     raise UsageError(f"config.reflect.lo and hi are () for the bounds of the data set, and {dataset.name} names none:"
                      " give them, a number or one per channel")
+  channels = dataset.images.shape[-1]
+  for field, bound in (("lo", lo), ("hi", hi)):
+    if r.kind != "identity" and np.size(bound) not in (1, channels):
+      raise UsageError(f"config.reflect.{field}={bound} has {np.size(bound)} bounds; one for each of the {channels}"
+                       f" channel{'s' * (channels > 1)} of {dataset.name}, or a number for all of them, is needed")
   options = {"identity": {}, "clip": dict(lo=lo, hi=hi), "fold": dict(lo=lo, hi=hi),
              "dynamic": dict(lo=lo, hi=hi, percentile=r.percentile)}
-  project = transforms.projection(r.kind, **options.get(r.kind, {}))
+  try:
+    project = transforms.projection(r.kind, **options.get(r.kind, {}))
+  except UsageError as error:
+    raise UsageError(f"config.reflect: {error}") from None
   return lambda place: transforms.reflect(project) if r.kind != "identity" and r[place] else (lambda denoise: denoise)
 
 
@@ -494,11 +509,12 @@ def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> State
   """The mixture of state sources; sources whose prior is always 0 do not exist."""
   s = config.states
   values = {name: s.get(name, 0.0) for name in SOURCES}  # older runs' configs have no pairs
-  schedules = {name: priors_lib.schedule(v, config.train.steps) for name, v in values.items()}
+  schedules = {name: priors_lib.schedule(v, config.train.steps, f"config.states.{name}") for name, v in values.items()}
   wanted = [name for name in SOURCES if not priors_lib.is_never_drawn(values[name])]
   if not wanted:
     raise UsageError("config.states: the priors sum to 0; give at least one of "
                      f"{', '.join(SOURCES)} a positive value")
+  priors_lib.check_sum((schedules[name] for name in wanted), config.train.steps)
   if objective.needs_x0 and not set(wanted) <= set(WITH_X0):
     raise UsageError(f"objective '{objective.name}' needs the clean image, which rollout states do not have:"
                      f" set config.states to forward only, not {', '.join(wanted)}")

@@ -4,6 +4,7 @@ A config is `FILE.py[:arg]` with `get_config(arg)`; overrides are dotted fields 
 """
 
 import ast
+import difflib
 import importlib.util
 import pathlib
 
@@ -73,7 +74,10 @@ def find(name: str) -> pathlib.Path:
   for path in (pathlib.Path(name), folder().parent / name, folder() / pathlib.Path(name).name):
     if path.suffix == ".py" and path.is_file():
       return path
-  raise UsageError(unknown("config file", name, [f"configs/{each}.py" for each in available()]))
+  # By the stem: all paths are alike in the rest.
+  near = [f"configs/{each}.py" for each in difflib.get_close_matches(pathlib.Path(name).stem, available())]
+  raise UsageError(f"unknown config file '{name}'; {f'did you mean ' + ' or '.join(near) + '? ' if near else ''}`ddil list`"
+                   " shows those that there are")
 
 
 def available() -> list[str]:

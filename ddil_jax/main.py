@@ -8,6 +8,7 @@ import time
 import traceback
 
 from ddil_jax.errors import RunError, UsageError
+from ddil_jax.registry import unknown
 
 EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 1, 2, 130
 _WITHOUT_CONFIG = ("report", "convert-extractor", "convert", "export", "prepare", "list")
@@ -32,7 +33,17 @@ class _Parser(argparse.ArgumentParser):
   """Mistakes are errors of ours, in one line, instead of a page of usage."""
 
   def error(self, message):
+    choice = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+    if choice:
+      message = unknown(choice[1].lower(), choice[2], re.findall(r"[\w-]+", choice[3]))
     raise UsageError(f"{message}; `{self.prog} --help` shows what there is")
+
+
+def _folder(text: str) -> str:
+  """Refuses "", which is the current folder to the system, and an unset variable to the user."""
+  if not text:
+    raise argparse.ArgumentTypeError("a folder is needed, and '' is none; the current one is .")
+  return text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     if config:
       sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file and its argument; `ddil list` shows them")
       if workdir:
-        sub.add_argument("--workdir", required=True, metavar="DIR", help="everything of the run lies here")
+        sub.add_argument("--workdir", required=True, type=_folder, metavar="DIR", help="everything of the run lies here")
       sub.add_argument("--data_dir", metavar="DIR", help="where data sets are prepared (default: $DDIL_DATA or data/)")
     return sub
 
@@ -59,11 +70,11 @@ def parser() -> argparse.ArgumentParser:
   several.add_argument("--cluster", default="auto", metavar="HOW", help="how they find each other: slurm, kubernetes,"
                        " tpu, none, or auto: what is there (default)")
   several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-  several.add_argument("--num_processes", type=int, metavar="N")
-  several.add_argument("--process_id", type=int, metavar="I")
+  several.add_argument("--num_processes", type=int, metavar="N", help="of all")
+  several.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
   evaluate = command("evaluate", "measure the newest checkpoint of a run again, and rewrite its results.json; or measure"
                      " images in files", workdir=False)
-  evaluate.add_argument("--workdir", metavar="DIR", help="the run")
+  evaluate.add_argument("--workdir", type=_folder, metavar="DIR", help="the run")
   evaluate.add_argument("--images", metavar="PATH", help="instead of a run: a folder of images of one size (sub-folders"
                         " are classes), an .npy file, or an .npz file with images and labels")
   evaluate.add_argument("--reference", metavar="PATH|SPLIT", help="what --images are compared with: images likewise, or"
@@ -78,20 +89,20 @@ def parser() -> argparse.ArgumentParser:
   sample.add_argument("--out", default="samples.png", metavar="FILE.png")
   sample.add_argument("--num_samples", type=int, help="default: 40; with --prompt of each prompt, default: 4")
   sample.add_argument("--steps", type=int, help="sampling steps (default: as trained)")
-  sample.add_argument("--guidance_scale", metavar="G", help="the same as --config.eval.guidance_scales=(G,)")
+  sample.add_argument("--guidance_scale", type=float, metavar="G", help="the same as --config.eval.guidance_scales=(G,)")
   sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of a run that reads text; give it"
                       " several times for several rows")
   for flag, text in (("text_encoder", "FILE"), ("text_encoder_2", "FILE"), ("tokenizer", "FOLDER")):
     sample.add_argument(f"--{flag}", default="", metavar=text, help="with which the set was prepared; for --prompt")
   sample.add_argument("--folder", default="", metavar="DIR", help="write every sample to a file of its own too")
-  sample.add_argument("--seed", type=int, default=0)
+  sample.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
   serve = command("serve", "a page in the browser: student and teacher side by side (`pip install"
                   " ddil-jax[serve]`)")
   for flag, text in (("text_encoder", "FILE"), ("text_encoder_2", "FILE"), ("tokenizer", "FOLDER")):
     serve.add_argument(f"--{flag}", default="", metavar=text, help="with which the set was prepared, of a run that reads"
                        " text")
   serve.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
-  serve.add_argument("--port", type=int, default=7860)
+  serve.add_argument("--port", type=int, default=7860, help="(default: 7860)")
   report = command("report", "compare runs: tables and figures as one HTML file", config=False)
   report.add_argument("runs", nargs="+", metavar="RUN", help="a run, a directory of runs, or a sweep")
   report.add_argument("--out", default="report.html", metavar="FILE.html")
@@ -232,7 +243,7 @@ def _run(args, overrides) -> int:
       return _evaluate_files(args, overrides)
   if args.command == "train":
     return _train(args, overrides)
-  if args.command == "sample" and args.guidance_scale:
+  if args.command == "sample" and args.guidance_scale is not None:
     overrides["eval.guidance_scales"] = f"({args.guidance_scale},)"
   if args.config:
     config = config_lib.load(args.config, overrides)
@@ -370,15 +381,19 @@ def _plan(args, overrides) -> int:
 
 
 def _list() -> int:
+  from ddil_jax import build, registry
   from ddil_jax import config as config_lib
-  from ddil_jax import registry
   from ddil_jax.data import pipeline
-  from ddil_jax.diffusion import prediction, solvers, transforms
+  from ddil_jax.diffusion import distance, grids, prediction, solvers, transforms, weighting
+  from ddil_jax.evaluation.results import METRICS
   from ddil_jax.interop.extractors import NAMES
   from ddil_jax.states.base import SOURCES
+  from ddil_jax.training.optim import OPTIMIZERS
   groups = {"configs": config_lib.available(), "data sets": pipeline.names(), "objectives": registry.names("objectives"),
-            "state sources": SOURCES, "predictions": sorted(prediction.PREDICTIONS),
-            "solvers": sorted(solvers.SOLVERS), "transforms": sorted(transforms.PROJECTIONS),
+            "state sources": SOURCES, "processes": build.PROCESSES, "predictions": sorted(prediction.PREDICTIONS),
+            "time grids": sorted(grids.GRIDS), "solvers": sorted(solvers.SOLVERS),
+            "transforms": sorted(transforms.PROJECTIONS), "weightings": sorted(weighting.WEIGHTINGS),
+            "distances": sorted(distance.DISTANCES), "optimizers": sorted(OPTIMIZERS), "metrics": METRICS,
             "extractors": sorted(NAMES)}
   for what, entries in groups.items():
     print(f"{what}: {', '.join(entries)}")

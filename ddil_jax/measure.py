@@ -18,7 +18,8 @@ from ddil_jax.evaluation import features, grids, perceptual, results, sampling
 from ddil_jax.evaluation.image_sets import ImageSet, image_set
 from ddil_jax.interop import diffusers, extractors
 from ddil_jax.models.autoencoder_kl import AutoencoderKL
-from ddil_jax.training import parallel
+from ddil_jax.training import parallel, processes
+from ddil_jax.training.logging import Progress
 
 
 class Cost(NamedTuple):
@@ -89,6 +90,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
     draw = draw_with(sampler, params, teacher, built.dataset.decoder)
     batches = sampling.sample_batches(draw, config.eval.num_samples, build_lib.pixel_shape(built.dataset),
                                       config.eval.seed, cond, config.eval.batch_size, devices)
+    batches = told(batches, config.eval.num_samples, f"evaluating, {sampler.steps} sampling steps:")
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     agreement = caption_agreement(config, data)
@@ -110,6 +112,17 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
       row["samples"] = f"{samples_dir.name}/{file}"
     rows.append(row)
   return rows
+
+
+def told(batches, num: int, name: str):
+  """Passes batches on; where that takes long, process 0 says how far it is."""
+  done = 0
+  with Progress(num, name, unit="samples", after=10.0) as progress:
+    for batch in batches:
+      yield batch
+      done += len(batch)
+      if processes.is_first():
+        progress.update(done)
 
 
 class _First:

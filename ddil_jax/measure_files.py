@@ -76,8 +76,8 @@ def measure_files(config: ConfigDict, path: str, reference: str, own_metrics: bo
   build_lib.check_networks(config, given.shape[1:])
   networks = measure_lib.load_networks(config, given.shape[1:], metrics, ref.dataset() if needed else None)
   name = measure_lib.reference_name(ref.name, split, ref.images, networks) if split else ref.name
-  measured = measure_lib.measure_images(config, given.batches(), given.shape[0], labels, ref.images, name, networks,
-                                        metrics)
+  batches = measure_lib.told(given.batches(), given.shape[0], f"{path}:")
+  measured = measure_lib.measure_images(config, batches, given.shape[0], labels, ref.images, name, networks, metrics)
   return {"images": str(path), "content": given.content, "num": given.shape[0], "reference": name,
           "num_reference": ref.images.shape[0], "extractor": networks.extractor.name, "metrics": measured.values,
           "intervals": {name: i._asdict() for name, i in measured.intervals.items()},

@@ -56,9 +56,11 @@ def samplers(config: ConfigDict, built: "Built", steps: int | None = None) -> li
   counts = [steps] if steps is not None else [len(built.objective.sampler_grid) - 1, *config.eval.sampler_steps]
   scales = config.eval.guidance_scales or (config.teacher.guidance_scale,)
   reads_scale = reads_guidance(config)
-  if len(scales) > 1 and not reads_scale and built.objective.name != "denoising":
-    raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has one scale folded in")
   folded = config.teacher.folded_guidance_scale
+  own = folded or config.teacher.guidance_scale
+  if not reads_scale and built.objective.name != "denoising" and any(g != own for g in config.eval.guidance_scales):
+    raise UsageError(f"config.eval.guidance_scales={tuple(scales)}: this student has the scale {own:g} folded in and"
+                     " reads no other; set it to ()")
   own = config.eval.sampler_times
   walks = [_own_grid(built, own)] if own and steps is None else [_sampler_grid(built, n) for n in dict.fromkeys(counts)]
   shift, cache = time_shift(config, built), feature_cache_of(config, built)

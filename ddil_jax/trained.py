@@ -164,6 +164,8 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   """
   if num_samples < 1:
     raise UsageError(f"--num_samples={num_samples}: at least 1 is needed")
+  if pathlib.Path(out).suffix.lower() != ".png":
+    raise UsageError(f"--out={out}: a file that ends in .png is needed")
   built = build_lib.build(config)
   params, _ = params_of(config, built, workdir)
   chosen = samplers.samplers(config, built, steps)[0]
@@ -232,7 +234,7 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
   except OSError as error:
     raise UsageError(f"cannot read {path}: {error.strerror}") from None
   except json.JSONDecodeError as error:
-    raise UsageError(f"{path} is not valid JSON: {error}") from None
+    raise UsageError(f"{path} is damaged ({error}); bring it back from a copy") from None
   return config_lib.from_dict(workdir_lib.with_defaults(saved, config_lib.to_dict(config_lib.defaults())))
 
 
@@ -248,7 +250,11 @@ def load_teacher(config: ConfigDict, built: build_lib.Built):
   if built.init_teacher is None:
     return ()
   params, where = _find_teacher(config, built.init_teacher)
-  params_lib.require_like(params, jax.eval_shape(built.init_teacher, jax.random.key(0)), f"the teacher at {where}")
+  try:
+    params_lib.require_like(params, jax.eval_shape(built.init_teacher, jax.random.key(0)), f"the teacher at {where}")
+  except UsageError as error:
+    raise UsageError(f"{error}; set config.model, or where the teacher differs from the student config.teacher, to what"
+                     " the teacher's run has") from None
   return jax.tree.map(jnp.asarray, params)
 
 

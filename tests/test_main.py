@@ -72,12 +72,17 @@ def test_list(capsys):
   assert main(["list"]) == 0
   said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
   assert "digits_pd" in said["configs"] and "fake" in said["data sets"] and "dmd2" in said["objectives"]
+  assert "vendi" in said["metrics"] and "cosine" in said["processes"] and "snr_trunc" in said["weightings"]
   assert "clip" in said["transforms"] and "ddim" in said["solvers"] and "dagger" in said["state sources"]
 
 
 @pytest.mark.parametrize("arguments, words", [
     ((), ["COMMAND"]),
-    (("trian",), ["trian", "'train'", "'report'"]),
+    (("trian",), ["unknown command 'trian'", "did you mean train?", "report"]),
+    (("train", "--config=configs/nope.py", "--workdir=w"), ["'configs/nope.py'", "ddil list"]),
+    (("train", "--config=configs/digits_pd.py:smoke", "--workdir="), ["--workdir", "folder is needed"]),
+    (("sample", "--workdir=nowhere", "--guidance_scale=big"), ["--guidance_scale", "big"]),
+    (("report", "nowhere", "--out=r.pdf"), ["--out=r.pdf", ".html"]),
     (("train", "--workdir=w"), ["--config", "ddil list"]),
     (("train", "--config=configs/digits_pd.py"), ["--workdir"]),
     (("train", "--config=configs/digits_pdd.py", "--workdir=w"),
@@ -124,15 +129,21 @@ FIELDS = [
     ("pd", "train=3", ["config.train", "group", "batch_size"]),
     ("pd", "model.channel_mult=(1,'a')", ["model.channel_mult", "'a'"]),
     ("pd", "states.student=often", ["states.student", "float"]),
-    ("pd", "states.forward=-1", ["-1", "negative"]),
+    ("pd", "states.forward=-1", ["states.forward", "-1", "negative"]),
+    ("pd", "states.student=1e400", ["states.student", "not finite"]),
     ("pd", "states.forward=0", ["sum to 0", "student"]),
     ("pd", "states.student=('linear', 0.0)", ["linear", "schedule"]),
+    ("pd", "states.student=('linear', 0.0, 0.5, 0.0)", ["states.student", "0.0 is no fraction"]),
+    ("pd", "states.student=('piecewise', 0.0, 0.5, 1.0, 0.2, 0.0)", ["states.student", "0.2 is no fraction"]),
+    ("pd", "states.forward=('linear', 1.0, 0.0, 0.5) --config.train.steps=8",
+     ["priors sum to 0 at 4 of 8 steps", "first at step 4"]),
     ("pd", "states.student=()", ["states.student", "a schedule expected"]),
     ("pd", "states.student=('linear', 'a', 1.0, 0.5)", ["states.student", "'a'", "a schedule expected"]),
     ("pd", "states.dagger_probability=1.5", ["dagger_probability=1.5", "at most 1"]),
     ("pd", "states.selection=per_sample", ["per_sample", "per_example"]),
     ("pd", "states.rollout_params=0.5", ["rollout_params", "0.5", "raw"]),
-    ("pd", "states.teacher_steps=0", ["0 steps", "at least 1"]),
+    ("pd", "states.teacher_steps=0", ["states.teacher_steps=0", "at least 1"]),
+    ("pd", "states.refresh_every=0", ["states.refresh_every=0", "at least 1"]),
     ("pd", "train.steps=0", ["train.steps=0", "at least 1"]),
     ("pd", "train.stages=(4,0)", ["train.stages", "at least 1"]),
     ("pd", "train.stages=(2,4)", ["train.stages", "below the one before"]),
@@ -160,13 +171,20 @@ FIELDS = [
     ("dmd2", "objective.gan_balance=atuo", ["gan_balance", "did you mean auto"]),
     ("pd", "eval.bootstrap=1", ["bootstrap is 1", "at least 2"]),
     ("pd", "eval.guidance_scales=(1.0,2.0)", ["guidance_scales", "folded in"]),
+    ("lcm", "eval.guidance_scales=(3.0,)", ["guidance_scales", "scale 1 folded in"]),
+    ("lcm", "objective.target_decay=2.0", ["target_decay=2.0", "at most 1"]),
+    ("teacher", "objective.label_dropout=2.0", ["label_dropout=2.0", "at most 1"]),
+    ("dmd2", "objective.gan_weight=-1.0", ["gan_weight=-1.0", "at least 0"]),
+    ("pd", "data.name=folder", ["config.data.path"]),
+    ("pd", "data.name=folder --config.data.path=. --config.data.image_size=0", ["data.image_size=N"]),
     ("pd", "data.name=digitz", ["digitz", "did you mean", "digits"]),
     ("pd", "data.name=fashion_mnist", ["train-images-idx3-ubyte", "manual_dir"]),
     ("pd", "data.name=cifar10", ["cifar-10-binary.tar.gz", "manual_dir"]),
     ("pd", "objective.name=pdd", ["pdd", "did you mean pd"]),
     ("pd", "objective.name=cd", ["objective cd", "num_steps"]),
     ("pd", "reflect.kind=clipp", ["transform 'clipp'", "clip"]),
-    ("pd:reflected", "reflect.lo=2.0", ["lo 2", "below hi"]),
+    ("pd:reflected", "reflect.lo=2.0", ["config.reflect", "lo 2", "below hi"]),
+    ("pd:reflected", "reflect.lo=(-1.0,0.0)", ["config.reflect.lo=(-1.0, 0.0)", "each of the 1 channel of fake"]),
     ("pd", "prediction.name=vv", ["prediction.name", "'vv'", "flow"]),
     ("pd", "process.name=cosin", ["process.name", "did you mean cosine"]),
     ("pd", "grid.name=unifrom", ["unifrom", "uniform"]),
@@ -218,7 +236,7 @@ def test_no_teacher(refuse, tmp_path):  # noqa: F811
 def test_teacher_that_does_not_fit(refuse, teacher, tmp_path):  # noqa: F811
   line = refuse("train", "--config=configs/digits_pd.py:smoke", f"--workdir={tmp_path / 'w'}",
                 f"--config.teacher.path={teacher[0]}", "--config.teacher.channels=16")
-  assert "another architecture" in line
+  assert "another architecture" in line and "set config.model, or" in line
   assert "conv_in/kernel is float32[3, 3, 1, 8] there, float32[3, 3, 1, 16] here" in line
   line = refuse("train", "--config=configs/digits_pd.py:smoke", f"--workdir={tmp_path / 'w'}",
                 f"--config.teacher.path={teacher[0]}", "--config.teacher.ema=0.5")
@@ -259,6 +277,7 @@ def test_sample(refuse, teacher, tmp_path, capsys):  # noqa: F811
   assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
   assert "0 sampling steps" in refuse(*sample, "--steps=0")
   assert "--num_samples=0" in refuse(*sample, "--num_samples=0")
+  assert ".png is needed" in refuse(*sample, f"--out={tmp_path / 'a.jpg'}")
   assert "another architecture" in refuse(*sample, "--config.model.channels=16")
   (tmp_path / "file").touch()
   assert "cannot write" in refuse(*sample, f"--out={tmp_path / 'file' / 'b.png'}", "--num_samples=6", "--steps=2")

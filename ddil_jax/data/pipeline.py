@@ -97,13 +97,13 @@ def _read(cls: type[ImageBuilder], split: str, data_dir: str | os.PathLike, imag
 
 def _load_folder(split: str, path=None, data_dir=None, image_size=None, channels=3) -> Dataset:
   if not (path or data_dir):
-    raise UsageError("folder: give the path of a folder of images, as path or data_dir")
+    raise UsageError("folder: give the path of a folder of images, as path (--config.data.path=DIR) or data_dir")
   return folder.load(path or data_dir, split, image_size, channels)
 
 
 def _load_prepared(split: str, path=None, image_size=None) -> Dataset:
   if not path:
-    raise UsageError("prepared: give the folder that `ddil prepare` wrote, as path")
+    raise UsageError("prepared: give the folder that `ddil prepare` wrote, as path (--config.data.path=DIR)")
   return prepared.load(path, split, image_size)
 
 

@@ -58,6 +58,8 @@ def report(run_dirs, out, baseline: str | None = None, metric: str | None = None
   writers = {".md": report_table.markdown, ".csv": report_table.to_csv}
   if table and pathlib.Path(table).suffix not in writers:
     raise UsageError(f"--table={table}: a file that ends in {' or '.join(writers)} is needed")
+  if pathlib.Path(out).suffix not in (".html", ".htm"):
+    raise UsageError(f"--out={out}: a file that ends in .html is needed")
   runs, rows, missing = _load(run_dirs)
   found = comparisons.compare(rows, baseline, metric)
   if table and not found:

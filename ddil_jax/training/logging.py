@@ -160,22 +160,25 @@ class Progress:
   """A steady line on long work: `name 120/4000 (3%)  loss 0.213  57.1 steps/s  1:08 left`.
 
   On a terminal the line is rewritten at most once a second; elsewhere (a log file) a new line comes
-  every `every` seconds. The first and the last step always show.
+  every `every` seconds. The first and the last step always show, but for `after`.
 
   Args:
     total: steps in all.
     name: what is being done.
     every: seconds between lines where the output is not a terminal.
+    unit: what is counted, in the plural.
+    after: seconds before the first line; work that ends sooner shows none.
   """
 
   def __init__(self, total: int, name: str, every: float = 10.0, stream=None,
-               clock=time.monotonic):
+               clock=time.monotonic, unit: str = "steps", after: float = 0.0):
     self._total, self._name, self._stream, self._clock = total, name, stream or sys.stdout, clock
+    self._unit, self._silent = unit, after > 0
     self._terminal = self._stream.isatty()
     self._every = 1.0 if self._terminal else every
     self._begun = self._measured = clock()
     self._first = None
-    self._next, self._width, self._open = self._begun, 0, False
+    self._next, self._width, self._open = self._begun + after, 0, False
 
   def update(self, step: int, **values) -> None:
     """Says that `step` steps are done; `values` (e.g. loss=array) are only read when the line is printed."""
@@ -183,9 +186,9 @@ class Progress:
     if self._first is None:
       # Up to here it compiled: the rate is that of the steps after.
       self._first, self._measured = step, now
-    if now < self._next and step < self._total:
+    if now < self._next and (step < self._total or self._silent):
       return
-    self._next = now + self._every
+    self._next, self._silent = now + self._every, False
     line = "  ".join([self._head(step), *(f"{k} {float(np.asarray(v)):.4g}" for k, v in values.items()),
                       *self._rate(step, now)])
     if self._terminal:
@@ -204,7 +207,7 @@ class Progress:
     parts = []
     if done > 0 and seconds > 0:
       rate = done / seconds
-      parts = [f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"]
+      parts = [f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self._unit[:-1]}"]
       if step < self._total:
         parts.append(f"{duration((self._total - step) / rate)} left")
     return parts if step < self._total else [*parts, f"{duration(now - self._begun)} in all"]

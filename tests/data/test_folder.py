@@ -87,7 +87,7 @@ def test_bomb_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options,match", [
     (dict(path="{tmp}/none", image_size=8), "is not a folder"),
-    (dict(path="{tmp}"), "image_size must be at least 1, not None"),
+    (dict(path="{tmp}"), "image_size is not given"),
     (dict(path="{tmp}", image_size=8, channels=2), "channels must be 1 or 3"),
     (dict(path="{tmp}", image_size=8), r"no usable image for split 'train' in .*\.png"),
     (dict(image_size=8), "give the path"),

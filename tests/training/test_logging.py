@@ -167,6 +167,20 @@ def test_progress_of_a_continued_and_of_a_slow_run():
   assert logging.duration(4000) == "1:06:40"
 
 
+def test_progress_of_short_work_shows_nothing():
+  def shown(seconds_a_batch):
+    clock, stream = Clock(), io.StringIO()
+    with Progress(40, "evaluating", stream=stream, clock=clock, unit="samples", after=10.0) as progress:
+      for done in (10, 20, 30, 40):
+        clock.now += seconds_a_batch
+        progress.update(done)
+    return stream.getvalue().splitlines()
+
+  assert shown(2.0) == []
+  assert shown(6.0) == ["evaluating 20/40 (50%)  1.7 samples/s  0:12 left",
+                        "evaluating 40/40 (100%)  1.7 samples/s  0:24 in all"]
+
+
 def test_versions():
   found = logging.versions()
   assert found["jax"] == jax.__version__ and found["numpy"] == np.__version__
