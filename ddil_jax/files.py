@@ -63,6 +63,14 @@ def read_json(path) -> Any:
     raise UsageError(f"{path} is damaged: {e}") from e
 
 
+def make_folder(path) -> None:
+  """Makes a folder and those above it, where they are not there. Raises as `cannot_write`."""
+  try:
+    pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise cannot_write(path, error) from error
+
+
 def cannot_write(path, error: OSError) -> Exception:
   """The one-line error for a failed write: a RunError where space is the matter, else a UsageError."""
   if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -181,7 +181,7 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   columns = num_samples if prompts else min(10, num_samples)
   grids.save_png(out, grids.image_grid(images, columns=columns, scale=max(1, 32 // images.shape[1])))
   if folder:
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     names = prompting.file_names(folder, prompts or ("sample",), num_samples)
     for path, image in zip(names, images, strict=True):
       grids.save_png(path, grids.image_grid(image[None], columns=1, gap=0))

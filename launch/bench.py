@@ -361,7 +361,6 @@ def main(argv: list[str] | None = None) -> int:
       "load_average": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
       "versions": versions(), "seconds": round(time.monotonic() - began, 1), "repeats": size.repeats, "rows": rows}
   out = pathlib.Path(args.out)
-  out.parent.mkdir(parents=True, exist_ok=True)
   write_json(out, result)
   print(table(rows))
   print(f"{result['machine']}; load average {load:.1f} before; medians of {size.repeats}; written to {out}")

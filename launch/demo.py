@@ -13,9 +13,9 @@ import pathlib
 import sys
 import time
 
-from ddil_jax.errors import UsageError
+from ddil_jax import files
 from ddil_jax.sweep import Trial
-from launch.sweep import exit_code, run_all
+from launch.sweep import at_least_one, exit_code, run_all
 
 # The demo's students, the most telling first, so that a stopped demo shows something: name, config,
 # its argument, fields that differ: shorter runs than the configs' own. Most of the time is compiling, so that a
@@ -61,10 +61,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def demo(args) -> int:
   """Runs what is not done yet, then reports; returns the exit code."""
-  if args.seeds < 1:
-    raise UsageError(f"--seeds={args.seeds}: at least 1 is needed")
+  at_least_one(seeds=args.seeds, workers=args.workers)
   workdir = pathlib.Path(args.workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  files.make_folder(workdir)
   began = time.monotonic()
 
   students = trials(str(workdir / "teacher"), args.seeds, args.data_dir, args.smoke)
@@ -88,12 +87,11 @@ def demo(args) -> int:
 def gather(done: list[Trial], workdir: pathlib.Path, draw) -> list[dict]:
   """Merges the runs' rows, writes the report, draws the picture with `draw(rows, workdir)`, prints the table."""
   from ddil_jax.evaluation import report
-  from ddil_jax.files import write_json
   folders = [workdir / trial.name for trial in done if (workdir / trial.name / "results.json").exists()]
   rows = [row | {"samples": f"{folder.name}/{row['samples']}"}
           for folder in folders for row in json.loads((folder / "results.json").read_text())]
   if rows:
-    write_json(workdir / "results.json", rows)
+    files.write_json(workdir / "results.json", rows)
     report.write_report(folders, workdir / "report.html")
     draw(rows, workdir)
     print(report.terminal_table(rows))

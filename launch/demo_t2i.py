@@ -14,10 +14,9 @@ import sys
 import textwrap
 import time
 
-from ddil_jax.errors import UsageError
 from ddil_jax.sweep import Trial
 from launch.demo import gather
-from launch.sweep import exit_code, run_all
+from launch.sweep import at_least_one, exit_code, run_all
 
 STUDENTS = (("lcm", "emoji_lcm"), ("dmd2", "emoji_dmd2"))
 VARIANTS = ("", "ddil")
@@ -61,8 +60,7 @@ def demo(args) -> int:
   """Does what is not done yet, then reports; returns the exit code."""
   from ddil_jax import prepare
   from launch import emoji_models
-  if args.seeds < 1:
-    raise UsageError(f"--seeds={args.seeds}: at least 1 is needed")
+  at_least_one(seeds=args.seeds, workers=args.workers)
   workdir, began = pathlib.Path(args.workdir), time.monotonic()
   models = workdir / "models"
   print("DDIL on captioned emoji: an autoencoder, CLIP, a teacher, then its students; stop it with Ctrl-C at any time,"

@@ -18,7 +18,7 @@ from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import family, report_figures, report_rows, shift_quality, teacher_acts
 from ddil_jax.sweep import Trial
-from launch.sweep import compile_cache, exit_code, run_all
+from launch.sweep import at_least_one, compile_cache, exit_code, run_all
 
 INTERVENTION, CORRELATION, FAMILY = "intervention", "correlation", "family"
 DIGITS = ("methods", "methods_dmd2", "guided", "sources", "sources_dmd2", "priors", "replay", "reflection",
@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args) -> int:
+  at_least_one(workers=args.workers)
   unknown = [part for part in args.parts if part not in (*PARTS, INTERVENTION, CORRELATION)]
   if unknown:
     raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION},"

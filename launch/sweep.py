@@ -179,6 +179,13 @@ def sigterm_as_interrupt():
     signal.signal(signal.SIGTERM, old)
 
 
+def at_least_one(**arguments: int) -> None:
+  """Raises UsageError for an argument below 1."""
+  for name, value in arguments.items():
+    if value < 1:
+      raise UsageError(f"--{name}={value}: at least 1 is needed")
+
+
 def exit_code(run: Callable[[], int]) -> int:
   """The code of run(); mistakes (2), failures (1) and interrupts (130) are one line on stderr."""
   try:
@@ -189,6 +196,9 @@ def exit_code(run: Callable[[], int]) -> int:
     return 2
   except RunError as error:
     print(f"ddil: run failed: {error}", file=sys.stderr)
+    return 1
+  except OSError as error:
+    print(f"ddil: run failed: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
     return 1
   except KeyboardInterrupt:
     print("ddil: stopped; the same command continues", file=sys.stderr)
@@ -282,8 +292,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args, rest) -> int:
   from ddil_jax.main import overrides_of
   workdir = pathlib.Path(args.workdir)
-  if args.workers < 1:
-    raise UsageError(f"--workers={args.workers}: at least 1 is needed")
+  at_least_one(workers=args.workers)
   overrides = overrides_of(rest, "train")
   if args.config:
     trials = sweeps.trials(args.config, overrides)

@@ -22,4 +22,9 @@ def test_seeds_are_counted(tmp_path, capsys):
   assert len(demo.trials("teacher")) == 20
   assert demo.main(["--seeds=0", f"--workdir={tmp_path / 'demo'}"]) == 2
   assert "--seeds=0: at least 1 is needed" in capsys.readouterr().err
+  assert demo.main(["--workers=0", f"--workdir={tmp_path / 'demo'}"]) == 2
+  assert "--workers=0: at least 1 is needed" in capsys.readouterr().err
   assert not (tmp_path / "demo").exists()
+  (tmp_path / "file").touch()
+  assert demo.main([f"--workdir={tmp_path / 'file' / 'demo'}"]) == 2
+  assert "cannot write" in capsys.readouterr().err
