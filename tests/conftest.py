@@ -1,7 +1,10 @@
 """Strict numerics for every test: 8 virtual devices, no silent broadcasting, warnings are errors."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 # The cheapest compile: the nets are tiny, and nearly all of the tests' time is compiling.
 CHEAP = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -14,6 +17,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "16")
 os.environ["DDIL_COMPILE_CACHE"] = "off"  # nothing is left in the user's folders
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where each operation was traced is read by nobody
+if "PYTEST_XDIST_WORKER" not in os.environ:
+  # What one test compiled, others find, in all workers and sub-processes: they have this environment.
+  _programs = tempfile.mkdtemp(prefix="ddil-tests-")
+  atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+  os.environ |= {"JAX_COMPILATION_CACHE_DIR": _programs, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 # Thousands of traced programs are alive, and nearly all of them stay so: to look through them often finds nothing.
 gc.set_threshold(200_000, 20, 20)
 

@@ -45,6 +45,7 @@ def same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow  # tests/parity/test_diffusers_lora.py has a shorter run
 def test_continued_evaluated_and_sampled(tmp_path, states, refuse, teacher):  # noqa: F811
   """Bit for bit; all that is saved of student and critic are factors, and the head."""
   run = tmp_path / "run"

@@ -73,11 +73,12 @@ def test_bounds_of_the_latents(lcm):
   config = config.copy_and_resolve_references().unlock()
   config.reflect.kind = "clip"
   outside = lambda x, t, cond: x * 0 + 3.0  # noqa: E731
-  for lo, hi, bounds in (((), (), ((-2.0, -1.0), (0.5, 1.0))), ((-5.0, -5.0), (1.5, 2.0), None)):
+  lows, highs = (-2.0, -1.0, -2.0, -3.0), (0.5, 1.0, 1.5, 2.0)  # of 4 channels
+  for lo, hi, bounds in (((), (), (lows, highs)), ((-5.0,) * 4, highs, None)):
     with config.reflect.ignore_type():
       config.reflect.lo, config.reflect.hi = lo, hi
     reflect = build.make_reflection(config, built.dataset._replace(bounds=bounds))("teacher")
-    np.testing.assert_array_equal(reflect(outside)(jnp.zeros((1, 2, 2, 2)), None, {})[0, 0, 0], hi or bounds[1])
+    np.testing.assert_array_equal(reflect(outside)(jnp.zeros((1, 2, 2, 4)), None, {})[0, 0, 0], hi or bounds[1])
   with config.reflect.ignore_type():
     config.reflect.lo = ()
   with pytest.raises(UsageError, match="bounds of the data set, and fake_text names none"):

@@ -55,10 +55,11 @@ def largest_difference(a, b):
 
 
 BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
-# Nearly all time is compiling, so what the family shows a second time runs in `make test-all`.
-AROUND = ("adversarial", "embedding_loss")  # another method, which is here by itself
-MODES = [pytest.param(name, mode, marks=[pytest.mark.slow] if mode == "pmap" and name not in BASE or name in AROUND
-                      else []) for name in NAMES for mode in ("mesh", "pmap")]
+# Of the family, those with something of their own across the batch or the parameters: the others go the same way as
+# the base methods. Nearly all time is compiling, so that they run in `make test-all`.
+ACROSS = ("agd", "f_distill", "gdd", "msd", "vsd")
+MODES = [pytest.param(name, mode, marks=[] if name in BASE or name in ACROSS and mode == "mesh" else [pytest.mark.slow])
+         for name in NAMES for mode in ("mesh", "pmap")]
 
 
 @pytest.mark.parametrize("name, mode", MODES)
