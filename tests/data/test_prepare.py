@@ -443,6 +443,11 @@ def test_damaged_shards_are_named(many, tmp_path, lazy, monkeypatch):
   words = "is damaged" if lazy else "does not have the hash"
   assert f"{name} {words}" in message(lambda p: p.write_bytes(flipped))
   assert f"{name} {words}" in message(lambda p: p.write_bytes(bytes(len(data))))
+  if lazy:  # from the threads that read ahead, too
+    with pytest.raises(UsageError, match=f"{name} is damaged"):
+      ahead = pipeline.Ahead(pipeline.batches(load(tmp_path), 8, 3), 0, 9)
+      [ahead[step] for step in range(9)]
+    ahead.close()
 
 
 def test_damaged_index(many, tmp_path):
