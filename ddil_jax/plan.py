@@ -136,7 +136,7 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     UsageError: unknown chips, no count, or libtpu is missing.
   """
   name, colon, size = topology.partition(":")
-  if not colon or not re.fullmatch(r"\d+(x\d+)*", size) or name not in (*CHIPS, "cpu"):
+  if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size) or name not in (*CHIPS, "cpu"):
     raise UsageError(unknown("topology", topology, [f"{chip}:4x4" if chip in _TPUS else f"{chip}:8" for chip in
                                                     (*CHIPS, "cpu")]))
   count = math.prod(int(n) for n in size.split("x"))
@@ -144,11 +144,11 @@ def devices_of(topology: str) -> tuple[list, Chip | None]:
     return _tpus(topology), CHIPS[name]
   # Before anything asks for devices: later they cannot be had.
   try:
-    jax.config.update("jax_num_cpu_devices", max(count, 1))
+    jax.config.update("jax_num_cpu_devices", count)
   except RuntimeError:
     pass  # asked already; enough of them may be there
   devices = jax.devices("cpu")
-  if not 1 <= count <= len(devices):
+  if count > len(devices):
     raise UsageError(f"topology {topology}: {len(devices)} virtual CPU devices are there; set"
                      f" XLA_FLAGS=--xla_force_host_platform_device_count={count}")
   return devices[:count], CHIPS.get(name)

@@ -231,6 +231,10 @@ def test_no_teacher(refuse, tmp_path):  # noqa: F811
   line = refuse("train", "--config=configs/digits_dmd2.py", f"--workdir={tmp_path / 'w'}",
                 f"--config.teacher.path={tmp_path / 'empty'}")
   assert "no checkpoint" in line and "empty" in line
+  (tmp_path / "pd" / "stage_4" / "checkpoints").mkdir(parents=True)
+  line = refuse("train", "--config=configs/digits_dmd2.py", f"--workdir={tmp_path / 'w'}",
+                f"--config.teacher.path={tmp_path / 'pd'}")
+  assert "is a run in stages" in line and "pd/stage_4" in line
 
 
 def test_teacher_that_does_not_fit(refuse, teacher, tmp_path):  # noqa: F811

@@ -385,6 +385,9 @@ def load_any(path, which: str | None = None) -> Loaded:
   with Checkpoints(folder, read_only=True) as checkpoints:
     found = checkpoints.restore_part(which, step)
   if found is None:
+    stages = [str(stage) for stage in sorted(path.glob("stage_*")) if (stage / CHECKPOINTS).is_dir()]
+    if stages:
+      raise UsageError(f"{path} is a run in stages; give one of {', '.join(stages)}")
     raise UsageError(f"{folder} holds no checkpoint; give a run's workdir, a checkpoint, or a .safetensors"
                      " file")
   params, meta, step, part = found
