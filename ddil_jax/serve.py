@@ -67,7 +67,7 @@ class Drawn(NamedTuple):
   images: np.ndarray
   seconds: float
   compile_seconds: float
-  network_evaluations: int
+  network_evaluations: float
   notes: tuple[str, ...]
 
   def picture(self, width: int = 384) -> np.ndarray:
@@ -276,7 +276,7 @@ def _panel(ui, side: Side):
 def _caption(drawn: Drawn) -> str:
   num, calls = len(drawn.images), drawn.network_evaluations
   compiled = f"; {drawn.compile_seconds:.1f} s to compile before" if drawn.compile_seconds else ""
-  return (f"{num} image{'s' * (num != 1)} in {drawn.seconds:.2g} s, {calls} network evaluation{'s' * (calls != 1)}"
+  return (f"{num} image{'s' * (num != 1)} in {drawn.seconds:.2g} s, {round(calls, 2):g} network evaluation{'s' * (calls != 1)}"
           f" each{compiled}")
 
 
