@@ -67,7 +67,9 @@ def draw(runs, rows) -> dict:
      "training_legend"}
   """
   measured = {r.label for r in rows if r.shift}
-  paint = styles([r.label for r in sorted(rows, key=lambda r: r.setting.order)] + ["base"])
+  # A run that failed has no evaluated rows, but may have a log.
+  paint = styles([r.label for r in sorted(rows, key=lambda r: r.setting.order)] + ["base"]
+                 + [_label(run) for run in runs if run.log])
   if measured <= set(_COLOURS):
     shown = [v for v in ("base", "+ddil") if v in measured] or sorted(measured)
   else:

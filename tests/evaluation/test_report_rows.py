@@ -63,6 +63,16 @@ def test_a_sweep_has_a_row_for_every_trial_that_began(sweep):
   page = (sweep / "r.html").read_text()
   assert page.count("2 seeds diverged [1]") == 2 and f"<li>{WHY}</li>" in page
 
+def test_a_setting_whose_runs_all_failed_keeps_its_training_curve(tmp_path):
+  for rate, error in ((1e-3, ""), (1e30, WHY)):
+    folder = tmp_path / f"rate={rate:g}"
+    write(folder, config("configs/digits_lcm.py", optimizer__learning_rate=rate), None if error else 4.0, (4,), error)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "student/loss": 0.5}\n{"step": 2, "student/loss": null}\n')
+  report.write_report([tmp_path], tmp_path / "r.html")
+  page = (tmp_path / "r.html").read_text()
+  curves = page[page.index('id="training"'):]
+  assert all(curves.count(f"base, learning_rate={rate}</") == 1 for rate in ("0.001", "1e+30"))
+
 
 def test_stages_that_ended_before_a_trial_failed_count(tmp_path):
   for seed, error in ((0, ""), (1, "no space")):
