@@ -68,7 +68,7 @@ def find(name: str, files: tuple[str, ...], folders: list[pathlib.Path],
     raise UsageError(
         f"{name}: missing {', '.join(missing[nearest])}; looked in {', '.join(map(str, folders))}; "
         f"nothing is downloaded: get what is missing from {source} into {folders[0]}, or name its folder as "
-        "manual_dir")
+        "manual_dir (--config.data.manual_dir=DIR)")
   return {f: nearest / f for f in files}
 
 
