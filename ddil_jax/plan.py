@@ -9,7 +9,6 @@ The time is a roofline: the longest of operations / peak rate, bytes moved / mem
 interconnect bandwidth, as if the three overlapped entirely. A real step takes longer.
 """
 
-import collections
 import functools
 import math
 import os
@@ -27,7 +26,8 @@ from ddil_jax import build as build_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
 from ddil_jax.training import compiling, parallel
-from ddil_jax.training.step import due_players, init_state, make_train_step
+from ddil_jax.training.collectives import collective_bytes, ideal_bytes
+from ddil_jax.training.step import Layout, due_players, init_state, make_train_step
 
 GIB = 2**30
 
@@ -52,9 +52,6 @@ CHIPS = {"v4": Chip(32 * GIB, 275e12, 1228e9, 300e9), "v5e": Chip(16 * GIB, 197e
          "a100": Chip(80e9, 312e12, 2039e9, 600e9), "h100": Chip(80e9, 989e12, 3350e9, 900e9),
          "h200": Chip(141e9, 989e12, 4800e9, 900e9)}
 _TPUS = ("v4", "v5e", "v5p", "v6e")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
-          "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 _SCALES = (4, 8, 16, 32, 64, 128, 256)
 _FULL = 0.95  # of a chip's memory; the rest is the runtime's
 
@@ -67,6 +64,7 @@ class Program(NamedTuple):
     temporary, peak: bytes; peak is arguments, results that do not replace them, and temporary memory.
     flops, moved: operations, and bytes between chip and memory, of one step.
     collectives: {kind: bytes that a chip sends} of one step.
+    ideal: the least bytes that a chip has to send, see `training/collectives.py::ideal_bytes`.
     seconds: of compiling.
   """
   due: tuple[str, ...]
@@ -75,6 +73,7 @@ class Program(NamedTuple):
   flops: float
   moved: float
   collectives: dict[str, float]
+  ideal: float
   seconds: float
 
 
@@ -204,7 +203,8 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> P
   programs = []
   for due in dict.fromkeys(dues):
     given, lowered = runner.lower(make_state, teacher, batch, due)
-    programs.append(_compile(lowered, due, say))
+    ideal = ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
+    programs.append(_compile(lowered, due, ideal, say))
   state = given["state"]
   kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
           "buffers": state.dist, "batch": given["batch"]}
@@ -278,7 +278,7 @@ def bytes_per_chip(tree) -> int:
   return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in jax.tree.leaves(tree))
 
 
-def _compile(lowered, due, say) -> Program:
+def _compile(lowered, due, ideal, say) -> Program:
   began, done = time.monotonic(), threading.Event()
 
   def alive():
@@ -292,65 +292,8 @@ def _compile(lowered, due, say) -> Program:
     done.set()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
   return Program(due, memory.temp_size_in_bytes, compiling.peak_bytes(compiled), cost.get("flops", 0.0),
-                 cost.get("bytes accessed", 0.0), collective_bytes(compiled.as_text()), round(time.monotonic() - began, 1))
-
-
-def collective_bytes(text: str) -> dict[str, float]:
-  """{kind: bytes that a device sends} of one run of an optimised program.
-
-  A ring over n devices sends 2 (n - 1) / n of what it reduces, (n - 1) / n of what it gathers or of what it reduces
-  and scatters, all of what it permutes. What lies in a loop counts as often as the loop is known to run, once where
-  that is not known.
-  """
-  bodies, entry, calls, sent = {}, "", [], collections.Counter()
-  for line in text.splitlines():
-    head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-    if head:
-      calls, sent = bodies[head[2]] = ([], collections.Counter())
-      entry = head[2] if head[1] else entry
-      continue
-    trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
-    for role, several in re.findall(r"(body|calls|to_apply|branch_computations|true_computation|false_computation)="
-                                    r"(\{[^}]*\}|%?[\w.\-]+)", line):
-      times = int(trips[1]) if trips and role == "body" else 1
-      calls += [(called, times) for called in re.findall(r"[\w.\-]+", several)]
-    found = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
-    if found:
-      sent[found[2]] += _sent(found[2], found[1], bool(found[3]), _group_size(line))
-
-  def total(name):
-    calls, own = bodies[name]
-    out = collections.Counter(own)
-    for called, times in calls:
-      for kind, value in total(called).items() if called in bodies else ():
-        out[kind] += times * value
-    return out
-
-  return dict(total(entry))
-
-
-def _sent(kind, shapes, asynchronous, n) -> float:
-  sizes = [math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, _BYTES.get(dtype[:2], 4))
-           for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
-  if asynchronous and kind != "all-reduce" and len(sizes) > 1:  # a tuple of operand and result
-    sizes = [min(sizes) if kind == "reduce-scatter" else max(sizes)]
-  size, ring = sum(sizes), (n - 1) / n
-  return {"all-reduce": 2 * ring * size, "all-gather": ring * size, "reduce-scatter": ring * n * size,
-          "collective-permute": size, "all-to-all": ring * size}[kind]
-
-
-def _group_size(line) -> int:
-  """Devices of a group: `[groups,size]<=...`, `{{0,1},{2,3}}`, or the axes in braces of `mesh['a'=4,'b'=2] {'a'}`."""
-  mesh = re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", line)
-  if mesh:
-    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
-    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or the part of one
-    return math.prod(int(part or sizes[axis]) for axis, part in axes)
-  counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
-  if counted:
-    return int(counted[1])
-  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-  return len(listed[1].split(",")) if listed else 2
+                 cost.get("bytes accessed", 0.0), collective_bytes(compiled.as_text()), ideal,
+                 round(time.monotonic() - began, 1))
 
 
 def table(found: Plan) -> str:
@@ -362,6 +305,9 @@ def table(found: Plan) -> str:
               f"  {'temporary':20}{_size(program.temporary)}", f"  {'peak':20}{_size(program.peak)}",
               f"  {'operations':20}{program.flops:9.3g}", f"  {'memory traffic':20}{_size(program.moved)}"]
     lines += [f"  {kind:20}{_size(value)}" for kind, value in program.collectives.items()]
+    if program.ideal:
+      sent = sum(program.collectives.values())
+      lines += [f"  {'collectives':20}{_size(sent)}, {sent / program.ideal:.3g} times what has to be sent"]
   if found.chip is None:
     return "\n".join(lines) + "\n"
   lines += ["", f"peak {_size(found.peak).strip()} of {_size(found.chip.memory).strip()}: "

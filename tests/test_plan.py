@@ -11,6 +11,7 @@ import pytest
 from ddil_jax import config as config_lib
 from ddil_jax import plan as plan_lib
 from ddil_jax.main import main
+from ddil_jax.training import collectives
 from tests.running import refuse, shared  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.xdist_group("plan")
@@ -55,6 +56,16 @@ def test_collectives_are_the_arithmetic(plans):
   assert 3 * params * 3 / 4 * 0.9 < gathered
 
 
+def test_the_least_that_has_to_be_sent(plans):
+  """A gradient summed once, or three networks gathered, one of them summed to its place: by the bytes kept."""
+  params, split = plans[1].kept["parameters"], plans[4].kept["parameters"]
+  assert plans[1].programs[0].ideal == params * 2 * 7 / 8
+  assert 1 <= sum(plans[1].programs[0].collectives.values()) / plans[1].programs[0].ideal < 1.1
+  small = (4 * split - params) / 3  # what stays whole on each chip; the rest is split over 4
+  gathers, sums = 3 * 3 / 4, 3 / 4 + 2 * 1 / 2 / 4  # student, target and teacher; not the config's average
+  assert plans[4].programs[0].ideal == pytest.approx((gathers + sums) * (params - small) + small * 2 * 7 / 8)
+
+
 def test_loops_count_as_often_as_they_run():
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
   whole, split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("d",)))
@@ -67,7 +78,7 @@ def test_loops_count_as_often_as_they_run():
 
   text = jax.jit(step, in_shardings=(split, split)).lower(
       jax.ShapeDtypeStruct((16,), jnp.float32), jax.ShapeDtypeStruct((8, 100), jnp.float32)).compile().as_text()
-  found = plan_lib.collective_bytes(text)
+  found = collectives.collective_bytes(text)
   assert sum(found.values()) >= 5 * 2 * 7 / 8 * 4  # five sums of a scalar at least
   assert sum(found.values()) % 5 == pytest.approx(0, abs=1e-6)
 
@@ -91,7 +102,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_bytes_of_a_program_that_is_known():
-  found = plan_lib.collective_bytes(HLO)
+  found = collectives.collective_bytes(HLO)
   assert found == {"all-reduce": 2 * 7 / 8 * 512 + 2 * 3 / 4 * 400, "reduce-scatter": 7 / 8 * 8 * 64,
                    "all-gather": 3 * 3 / 4 * (512 + 64), "collective-permute": 32}
 

@@ -1,0 +1,107 @@
+"""Bytes that devices send each other in a training step: those of a compiled program, and the least possible."""
+
+import collections
+import math
+import re
+
+import jax
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+          "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+def collective_bytes(text: str) -> dict[str, float]:
+  """{kind: bytes that a device sends} of one run of an optimised program.
+
+  A ring over n devices sends 2 (n - 1) / n of what it reduces, (n - 1) / n of what it gathers or of what it reduces
+  and scatters, all of what it permutes. What lies in a loop counts as often as the loop is known to run, once where
+  that is not known.
+  """
+  bodies, entry, calls, sent = {}, "", [], collections.Counter()
+  for line in text.splitlines():
+    head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
+    if head:
+      calls, sent = bodies[head[2]] = ([], collections.Counter())
+      entry = head[2] if head[1] else entry
+      continue
+    trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
+    for role, several in re.findall(r"(body|calls|to_apply|branch_computations|true_computation|false_computation)="
+                                    r"(\{[^}]*\}|%?[\w.\-]+)", line):
+      times = int(trips[1]) if trips and role == "body" else 1
+      calls += [(called, times) for called in re.findall(r"[\w.\-]+", several)]
+    found = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
+    if found:
+      sent[found[2]] += _sent(found[2], found[1], bool(found[3]), _group_size(line))
+
+  def total(name):
+    calls, own = bodies[name]
+    out = collections.Counter(own)
+    for called, times in calls:
+      for kind, value in total(called).items() if called in bodies else ():
+        out[kind] += times * value
+    return out
+
+  return dict(total(entry))
+
+
+def _sent(kind, shapes, asynchronous, n) -> float:
+  sizes = [math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, _BYTES.get(dtype[:2], 4))
+           for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
+  if asynchronous and kind != "all-reduce" and len(sizes) > 1:  # a tuple of operand and result
+    sizes = [min(sizes) if kind == "reduce-scatter" else max(sizes)]
+  size, ring = sum(sizes), (n - 1) / n
+  return {"all-reduce": 2 * ring * size, "all-gather": ring * size, "reduce-scatter": ring * n * size,
+          "collective-permute": size, "all-to-all": ring * size}[kind]
+
+
+def _group_size(line) -> int:
+  """Devices of a group: `[groups,size]<=...`, `{{0,1},{2,3}}`, or the axes in braces of `mesh['a'=4,'b'=2] {'a'}`."""
+  mesh = re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", line)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+    axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])  # an axis, or the part of one
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
+  counted = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+  if counted:
+    return int(counted[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+  return len(listed[1].split(",")) if listed else 2
+
+
+def ideal_bytes(step, given: dict, due: tuple[str, ...], fsdp: int, count: int) -> float:
+  """Bytes that a device has to send in a step on `count` devices, of which `fsdp` share each parameter.
+
+  What is split is gathered once if a loss or a rollout depends on it, (f - 1) / f of its bytes. A gradient of what is
+  split is summed and scattered over the f devices, (f - 1) / f, and its part summed over the d others, 2 (d - 1) / d of
+  1 / f; that of what is whole is summed over all n, 2 (n - 1) / n (rings). Metrics and norms are left out.
+
+  Args:
+    step: of one device, `make_train_step` without a layout.
+    given: {"state", "frozen", "batch"} of ShapeDtypeStructs with shardings, of `Runner.lower`.
+    due: the players that learn.
+  """
+  state, frozen, batch = given["state"], given["frozen"], given["batch"]
+  plain = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), (state, frozen, batch))
+  traced, shapes = jax.make_jaxpr(step, static_argnums=4, return_shape=True)(
+      *plain, jax.eval_shape(jax.random.key, 0), due)
+  jaxpr, (new, metrics) = traced.jaxpr, jax.tree.unflatten(jax.tree.structure(shapes), traced.jaxpr.outvars)
+  # Averages and optimizers change in place, part by part; what they depend on needs not be whole.
+  needed = set(map(id, jax.tree.leaves(({name: new.params[name] for name in due}, new.dist, metrics))))
+  for equation in reversed(jaxpr.eqns):
+    if any(id(v) in needed for v in equation.outvars):
+      needed |= set(map(id, equation.invars))
+  read = jax.tree.unflatten(jax.tree.structure(plain), [id(v) in needed for v in jaxpr.invars[:-1]])
+  size = lambda v: math.prod(v.shape) * v.dtype.itemsize  # noqa: E731
+  split = lambda v: not v.sharding.is_fully_replicated  # noqa: E731
+
+  def gathered(trees, used):
+    return sum(size(v) for v, u in zip(jax.tree.leaves(trees), jax.tree.leaves(used), strict=True) if u and split(v))
+
+  networks = lambda state, frozen: (state.params, state.ema, frozen)  # noqa: E731
+  total = (fsdp - 1) / fsdp * gathered(networks(state, frozen), networks(read[0], read[1]))
+  others = count // fsdp
+  for leaf in jax.tree.leaves({name: state.params[name] for name in due}):
+    part = (fsdp - 1) / fsdp + 2 * (others - 1) / others / fsdp if split(leaf) else 2 * (count - 1) / count
+    total += part * size(leaf)
+  return total
