@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from ddil_jax.main import main
 from ddil_jax.training import checkpoint
@@ -151,11 +154,47 @@ def test_sigterm_to_one_of_two(tmp_path):
   assert checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps()[-1] == steps
 
 
+# Another process's command: its folder, the folder whose code it runs, and the arguments.
+ELSEWHERE = """
+import os, sys
+folder, code, *sys.argv[1:] = sys.argv[1:]
+os.chdir(folder)
+sys.path.insert(0, code)
+from ddil_jax.main import run
+run()
+"""
+
+
+def elsewhere(command, folder, code=ROOT):
+  return [sys.executable, "-c", ELSEWHERE, str(folder), str(code), *command[3:]]
+
+
 def test_processes_that_do_not_agree(tmp_path, capfd):
-  """Another config in one of them: both say so at the start, and nothing is written."""
+  """Another config and other code in one of them: both say so at the start, and nothing is written."""
+  for part in ("ddil_jax", "configs"):
+    shutil.copytree(ROOT / part, tmp_path / "other" / part, ignore=shutil.ignore_patterns("__pycache__"))
+  with open(tmp_path / "other" / "ddil_jax" / "keys.py", "a") as file:
+    file.write("# changed\n")
   both = commands(tmp_path / "run", *RUN, *SPLIT)
-  both[1].append("--config.optimizer.learning_rate=0.01")
+  both[1] = elsewhere(both[1], ROOT, tmp_path / "other") + ["--config.optimizer.learning_rate=0.01"]
   assert local._once(both, local.environment(2), grace=60) == [2, 2]
-  line = "the processes do not agree: config.optimizer.learning_rate is 0.05 in process 0, 0.01 in process 1"
-  assert capfd.readouterr().err.count(line) == 2
+  said = capfd.readouterr().err
+  assert said.count("config.optimizer.learning_rate is 0.05 in process 0, 0.01 in process 1") == 2
+  assert len(re.findall(r"the processes do not agree: code is '(\w+)' in process 0, '(?!\1)\w+' in process 1", said)) == 2
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_other_data(tmp_path, capfd):
+  """The same config, and under the same path other images."""
+  for name, value in (("a", 10), ("b", 11)):
+    folder = tmp_path / name / "pictures" / "train"
+    folder.mkdir(parents=True)
+    for i in range(8):
+      Image.fromarray(np.full((8, 8, 3), value * i, np.uint8)).save(folder / f"{i}.png")
+  both = commands(tmp_path / "run", *RUN, *SPLIT, "--config.data.name=folder", "--config.data.path=pictures")
+  both = [elsewhere(command, tmp_path / name) for command, name in zip(both, "ab")]
+  assert local._once(both, local.environment(2), grace=60) == [2, 2]
+  said = capfd.readouterr().err
+  assert len(re.findall(r"the processes do not agree: data is '\w+' in process 0, '\w+' in process 1", said)) == 2
   assert not (tmp_path / "run").exists()
