@@ -136,8 +136,9 @@ def check_numbers(config: ConfigDict) -> None:
       raise UsageError(f"config.{field}={config[group][name]}: at most {bound} is possible")
   for group in ("model", "teacher"):
     mult = config[group].channel_mult
-    if any(m < 1 for m in mult) or group == "model" and not mult:
-      raise UsageError(f"config.{group}.channel_mult={mult}: a width of at least 1 for each level is needed")
+    if any(m < 1 or m != int(m) for m in mult) or group == "model" and not mult:
+      raise UsageError(f"config.{group}.channel_mult={mult}: a width of at least 1 for each level, a whole number, is"
+                       " needed")
   for group in ("model", "teacher"):
     if config[group].dtype not in DTYPES:
       raise UsageError(registry.unknown(f"{group}.dtype", config[group].dtype, DTYPES))

@@ -6,6 +6,7 @@ A config is `FILE.py[:arg]` with `get_config(arg)`; overrides are dotted fields 
 import ast
 import difflib
 import importlib.util
+import math
 import pathlib
 
 from ml_collections import ConfigDict
@@ -136,6 +137,8 @@ def _parse(field, text, old):
   if type(value) is not type(old):
     raise UsageError(f"config.{field}={text}: {type(old).__name__} expected, such as {old!r},"
                      f" not {type(value).__name__}")
+  if isinstance(value, float) and not math.isfinite(value):  # 1e400
+    raise UsageError(f"config.{field}={text}: this number is not finite")
   return _elements(field, text, value, old) if isinstance(value, tuple) else value
 
 

@@ -104,7 +104,7 @@ def _with_teacher(built: "Built", sampler: Sampler, config: ConfigDict) -> Sampl
   if built.objective.teacher is None:
     raise UsageError(f"config.eval.teacher_acts={acts}: objective '{built.objective.name}' has no teacher; set it to"
                      " ()")
-  if not all(0 <= i < steps for i in acts):
+  if not all(i in range(steps) for i in acts):
     raise UsageError(f"config.eval.teacher_acts={acts}: the steps of a sampler of {steps} are 0 to {steps - 1}")
   turns = [i in acts for i in range(steps)]
 
