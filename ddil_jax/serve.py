@@ -274,9 +274,9 @@ def _panel(ui, side: Side):
 
 
 def _caption(drawn: Drawn) -> str:
-  num, calls = len(drawn.images), drawn.network_evaluations
+  num, calls = len(drawn.images), round(drawn.network_evaluations, 2)
   compiled = f"; {drawn.compile_seconds:.1f} s to compile before" if drawn.compile_seconds else ""
-  return (f"{num} image{'s' * (num != 1)} in {drawn.seconds:.2g} s, {round(calls, 2):g} network evaluation{'s' * (calls != 1)}"
+  return (f"{num} image{'s' * (num != 1)} in {drawn.seconds:.2g} s, {calls:g} network evaluation{'s' * (calls != 1)}"
           f" each{compiled}")
 
 
