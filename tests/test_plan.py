@@ -93,6 +93,7 @@ HLO = """
 }
 ENTRY %main (p: f32[8]) -> f32[8] {
   %r = (f32[100]{0}, f32[28]{0}) all-reduce(%p, %q), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+  %b = ((f32[8]{0}, f32[2]{0}), (f32[32]{0}, f32[8]{0})) all-gather-start(%x, %y), replica_groups=[2,4]<=[8]
   %s = f32[16]{0} reduce-scatter(%p), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%sum
   %m = f32[8]{0} collective-permute(%p), channel_id=1, source_target_pairs={{0,1},{1,0}}
   %a = f32[100]{0} all-reduce(%p), replica_groups=mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}, to_apply=%sum
@@ -104,7 +105,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 def test_bytes_of_a_program_that_is_known():
   found = collectives.collective_bytes(HLO)
   assert found == {"all-reduce": 2 * 7 / 8 * 512 + 2 * 3 / 4 * 400, "reduce-scatter": 7 / 8 * 8 * 64,
-                   "all-gather": 3 * 3 / 4 * (512 + 64), "collective-permute": 32}
+                   "all-gather": 3 / 4 * 160 + 3 * 3 / 4 * (512 + 64), "collective-permute": 32}
 
 
 def test_what_fits_and_what_would(plans):

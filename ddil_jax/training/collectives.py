@@ -48,9 +48,9 @@ def collective_bytes(text: str) -> dict[str, float]:
 def _sent(kind, shapes, asynchronous, n) -> float:
   sizes = [math.prod(int(d) for d in dims.split(",") if d) * _BYTES.get(dtype, _BYTES.get(dtype[:2], 4))
            for dtype, dims in re.findall(r"([a-z]+\d*\w*)\[([\d,]*)\]", shapes)]
-  if asynchronous and kind != "all-reduce" and len(sizes) > 1:  # a tuple of operand and result
-    sizes = [min(sizes) if kind == "reduce-scatter" else max(sizes)]
   size, ring = sum(sizes), (n - 1) / n
+  if asynchronous and kind != "all-reduce" and len(sizes) > 1:  # operands and results, of one or more arrays
+    size *= {"all-gather": n / (n + 1), "reduce-scatter": 1 / (n + 1)}.get(kind, 1 / 2)
   return {"all-reduce": 2 * ring * size, "all-gather": ring * size, "reduce-scatter": ring * n * size,
           "collective-permute": size, "all-to-all": ring * size}[kind]
 

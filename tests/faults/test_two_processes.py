@@ -192,7 +192,8 @@ def test_processes_with_other_data(tmp_path, capfd):
     folder.mkdir(parents=True)
     for i in range(8):
       Image.fromarray(np.full((8, 8, 3), value * i, np.uint8)).save(folder / f"{i}.png")
-  both = commands(tmp_path / "run", *RUN, *SPLIT, "--config.data.name=folder", "--config.data.path=pictures")
+  both = commands(tmp_path / "run", "train", "--config=configs/digits_teacher.py:smoke", "--config.data.name=folder",
+                  "--config.data.path=pictures", *SPLIT, *SHORT)
   both = [elsewhere(command, tmp_path / name) for command, name in zip(both, "ab")]
   assert local._once(both, local.environment(2), grace=60) == [2, 2]
   said = capfd.readouterr().err
