@@ -73,7 +73,7 @@ def test_programs_take_turns_and_ratios_are_medians_of_pairs():
   assert measure.rate("a", "steps/s", 12, seconds["a"])["value"] == 4
 
 
-@pytest.mark.parametrize("method", [pytest.param(name, marks=() if name == "dmd2" else pytest.mark.slow)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=() if name == "teacher" else pytest.mark.slow)
                                     for name in against_torch.METHODS])
 def test_the_step_in_pytorch_is_the_same(method, monkeypatch):
   """Losses of the first three steps on the same draws; another learning rate shows."""
