@@ -118,7 +118,10 @@ _AT_LEAST = (("train.steps", 1), ("train.batch_size", 1), ("train.log_every", 1)
              ("eval.batch_size", 1), ("eval.shift_samples", 0), ("eval.diagnose_every", 0),
              ("objective.num_steps", 1), ("objective.sampler_steps", 1), ("objective.num_scales", 1),
              ("objective.label_dropout", 0), ("objective.target_decay", 0), ("objective.gan_weight", 0),
-             ("objective.gan_critic_weight", 0))
+             ("objective.gan_critic_weight", 0), ("objective.period", 1), ("objective.weight_cap", 0),
+             ("objective.snr_cap", 0), ("objective.huber_c", 0), ("objective.dsm_weight", 0), ("objective.r1_gamma", 0),
+             ("objective.r1_weight", 0), ("objective.reconstruction", 0), ("objective.boundary_weight", 0),
+             ("objective.constant", 0), ("objective.ratio_bins", 0), ("optimizer.start", 0), ("optimizer.end", 0))
 _AT_MOST = (("states.dagger_probability", 1), ("model.dropout", 0.999), ("objective.label_dropout", 1),
             ("objective.target_decay", 1))
 

@@ -175,6 +175,8 @@ FIELDS = [
     ("lcm", "eval.guidance_scales=(3.0,)", ["guidance_scales", "scale 1 folded in"]),
     ("lcm", "objective.target_decay=2.0", ["target_decay=2.0", "at most 1"]),
     ("teacher", "objective.label_dropout=2.0", ["label_dropout=2.0", "at most 1"]),
+    ("f_distill", "objective.period=0", ["objective.period=0", "at least 1"]),
+    ("sid", "objective.times=(0.5,)", ["sid: times (0.5,)", "(low, high)"]),
     ("dmd2", "objective.gan_weight=-1.0", ["gan_weight=-1.0", "at least 0"]),
     ("pd", "data.name=folder", ["config.data.path"]),
     ("pd", "data.name=folder --config.data.path=. --config.data.image_size=0", ["data.image_size=N"]),

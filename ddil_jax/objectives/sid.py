@@ -81,7 +81,7 @@ def make(parts: Parts, num_steps: int = 1, period: int = 1, alpha: float = 1.0,
   """
   process, grid = parts.process, parts.make_grid(num_steps)
   for name, share in (("times", times), ("critic_times", critic_times)):
-    if not 0 <= share[0] < share[1] <= 1:
+    if len(share) != 2 or not 0 <= share[0] < share[1] <= 1:
       raise UsageError(f"sid: {name} {share} must be (low, high) with 0 <= low < high <= 1")
   if through not in ("last", "all"):
     raise UsageError(unknown("sid: through", through, ("last", "all")))
