@@ -23,12 +23,14 @@ TABLE_FLOOR = 1e-6
 
 
 def folder() -> pathlib.Path:
-  """DDIL_ORACLE_DIR, else ../shared/oracle beside the repository, else the committed sample."""
-  named = os.environ.get("DDIL_ORACLE_DIR")
-  if named:
-    return pathlib.Path(named)
-  beside = HERE.parents[2] / "shared" / "oracle"
-  return beside if beside.is_dir() else SAMPLE
+  """DDIL_ORACLE_DIR, by default ../shared/oracle beside the repository; the committed sample where that is absent."""
+  wanted = wanted_folder()
+  return wanted if wanted.is_dir() else SAMPLE
+
+
+def wanted_folder() -> pathlib.Path:
+  """Where the golden vectors are looked for first."""
+  return pathlib.Path(os.environ.get("DDIL_ORACLE_DIR") or HERE.parents[2] / "shared" / "oracle")
 
 
 class Case:

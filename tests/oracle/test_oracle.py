@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.oracle import cases
-from tests.oracle.harness import SAMPLE, Case, folder
+from tests.oracle.harness import SAMPLE, Case, folder, wanted_folder
 
 FOLDER = folder()
 # Methods of the wider family have a folder of their own.
@@ -16,11 +16,18 @@ FILES = sorted(FOLDER.glob("*.npz")) + sorted((FOLDER / "family").glob("*.npz"))
 
 
 def test_the_folder_has_files(capsys):
-  """A named folder exists; without one, the committed sample runs and says so."""
+  """An empty folder is an error; where there is none, the committed sample runs and says so."""
   assert FILES, f"no golden vectors in {FOLDER}: set DDIL_ORACLE_DIR to their folder"
   if FOLDER == SAMPLE:
     with capsys.disabled():
-      print(f"\nno golden-vector folder: set DDIL_ORACLE_DIR; running the {len(FILES)} files of the sample")
+      print(f"\nno golden vectors at {wanted_folder()} (DDIL_ORACLE_DIR): running the {len(FILES)} files of the sample")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_absent_gives_the_sample(there, tmp_path, monkeypatch):
+  named = tmp_path if there else tmp_path / "absent"
+  monkeypatch.setenv("DDIL_ORACLE_DIR", str(named))
+  assert folder() == (named if there else SAMPLE)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
