@@ -105,7 +105,8 @@ def terminal_table(rows) -> str:
   """
   notes, lines = [], []
   checked = [report_rows.check(raw, notes) for raw in rows]
-  for table in comparisons.summarise(report_rows.unique([r for r in checked if r], notes)):
+  tables = comparisons.summarise(report_rows.unique([r for r in checked if r], notes))
+  for table in tables:
     lines += [*textwrap.wrap(f"Frechet distance, lower is better: {table['metric']}", 100), ""]
     for scale, own in itertools.groupby(table["teacher"], lambda g: g["guidance_scale"]):
       text = ", ".join(f"{g['steps']} step{'s' * (g['steps'] != 1)} {fmt(g['teacher'], table['size'])}"
@@ -131,10 +132,13 @@ def terminal_table(rows) -> str:
         break
   if not lines:
     return "No Frechet distance in the results.\n"
-  notes = ["teacher: its own sampler at as many steps and that scale. In brackets: mean paired difference to "
-           f"base, and in how many shared seeds it is lower. *: its 95 % t-interval (at least {statistics.LEAST} seeds)"
-           " excludes 0; **: also after Holm's correction for all comparisons of the table.",
-           *(f"note: {n}" for n in dict.fromkeys(notes))]
+  students = [g for table in tables for g in table["groups"]]
+  compared = any(cell.difference for g in students for cell in g["cells"].values())
+  legend = "teacher: its own sampler at as many steps and that scale." * bool(students) + (
+      f" In brackets: mean paired difference to base, and in how many shared seeds it is lower. *: its 95 % t-interval"
+      f" (at least {statistics.LEAST} seeds) excludes 0; **: also after Holm's correction for all comparisons of the"
+      " table.") * compared
+  notes = [legend, *(f"note: {n}" for n in dict.fromkeys(notes))]
   return "\n".join(lines + [line for note in notes for line in textwrap.wrap(note, 100)]) + "\n"
 
 

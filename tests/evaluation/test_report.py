@@ -403,6 +403,7 @@ def test_terminal_table_aligns_and_fits(tmp_path, scale):
     ends = {re.match(r" *[\d.e+-]+", line[cuts[3]:]).end() for line in block[1:]}
     assert len(ends) == 1  # the means of a column end in one place
   assert len(names) == 6  # every variant once
+  assert any("In brackets: mean paired difference" in line for line in lines)
   assert sum(line.startswith("teacher at guidance scale 1: 32 steps") for line in lines) == 1
 
 
@@ -414,6 +415,7 @@ def test_terminal_table_of_nothing_and_of_bad_rows():
   assert "note: a row of results.json without steps, guidance_scale, seed is left out" in text
   line = next(line for line in text.splitlines() if line.startswith("pd"))
   assert line.split() == ["pd", "4", "1", "-", "-"]
+  assert "teacher: its own sampler" in text and "In brackets" not in text  # one setting: there is nothing to compare
 
 
 def test_seeds_of_unlike_teachers_are_named_and_stages_are_not(tmp_path):
