@@ -43,7 +43,8 @@ from ddil_jax.states.mixture import mixture
 from ddil_jax.states.pairs import pairs
 from ddil_jax.states.replay import on_policy, replay
 from ddil_jax.states.rollouts import rollout_source, states_per_rollout
-from ddil_jax.training import compiling, optim, parallel
+from ddil_jax.training import compiling, optim, parallel, processes
+from ddil_jax.training.logging import Progress
 from ddil_jax.types import Array, Cond, Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -428,10 +429,12 @@ def load_classifier(config: ConfigDict, dataset: Dataset, seed: int = 0) -> feat
   if dataset.decoder:
     raise UsageError(f"the small classifier knows no latents, which the data set {dataset.name} holds; a network that"
                      " measures decoded images is given as config.eval.extractor, such as clip:FILE")
-  options = {"steps": 10} if config.data.name == "fake" else {}
-  return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
-                                   dataset.num_classes, cache_dir(config), f"{dataset.name}-cnn", seed,
-                                   devices=parallel.spread(config.train.parallel), **options)
+  steps = 10 if config.data.name == "fake" else features.STEPS
+  with Progress(steps, f"training the classifier of {dataset.name}:", after=10.0) as progress:
+    told = {"progress": progress.update} if processes.is_first() else {}
+    return features.train_classifier(Classifier(num_classes=dataset.num_classes), dataset.images, dataset.labels,
+                                     dataset.num_classes, cache_dir(config), f"{dataset.name}-cnn", seed, steps,
+                                     devices=parallel.spread(config.train.parallel), **told)
 
 
 def make_grid(config: ConfigDict, n: int, process_) -> np.ndarray:

@@ -3,7 +3,8 @@
 import logging
 import pathlib
 import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax
 import jax
@@ -18,6 +19,7 @@ from ddil_jax.types import ONE_DEVICE, Devices
 
 # Images a batch of the extractor; fixed, so that features do not depend on how images are handed over.
 _BATCH = 256
+STEPS = 800  # for which a classifier is trained
 
 
 class Extractor(NamedTuple):
@@ -88,8 +90,9 @@ def in_batches(apply: Callable, images: np.ndarray, devices: Devices = ONE_DEVIC
 
 
 def train_classifier(module, images, labels, num_classes: int, cache_dir, name: str, seed: int = 0,
-                     steps: int = 800, batch_size: int = 128, learning_rate: float = 3e-3,
-                     max_shift: float = 1 / 16, noise: float = 0.2, devices: Devices = ONE_DEVICE) -> Extractor:
+                     steps: int = STEPS, batch_size: int = 128, learning_rate: float = 3e-3,
+                     max_shift: float = 1 / 16, noise: float = 0.2, devices: Devices = ONE_DEVICE,
+                     progress: Callable[[int], None] = lambda step: None) -> Extractor:
   """Trains the classifier once and returns it as an extractor; a later call reads the cache.
 
   Cross entropy under Adam with cosine decay; images are shifted by up to `max_shift` of their side
@@ -105,6 +108,7 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
     cache_dir: folder of the cache; None does without.
     name: "digits-cnn"; the extractor's name adds a hash.
     devices: over which the extractor's batches are split; it is trained on one.
+    progress: told the number of steps done, where it is trained.
 
   Raises:
     UsageError: unlike shapes, values outside [-1, 1], labels outside 0..K-1.
@@ -131,7 +135,7 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
     except UsageError as e:
       logging.warning("%s: training the classifier again", e)
 
-  variables = _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise)
+  variables = _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise, progress)
   extractor = make_extractor(module, variables, image_shape, name, devices)
   some = slice(0, 4096)
   accuracy = float(np.mean(extractor.logits(images[some]).argmax(axis=1) == labels[some]))
@@ -143,7 +147,7 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
   return extractor
 
 
-def _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise):
+def _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise, progress):
   root = jax.random.key(seed)
   variables = jax.jit(module.init)(jax.random.fold_in(root, steps), jnp.asarray(images[:1]))
   optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -169,6 +173,7 @@ def _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shi
   # Batches are taken on the host: a copy of all images on the device may be too much for it.
   for i, index in enumerate(np.asarray(jax.jit(jax.vmap(pick))(jnp.arange(steps)))):
     variables, opt = step(variables, opt, images[index], labels[index], i)
+    progress(i + 1)
   return variables
 
 

@@ -58,9 +58,10 @@ def digits():
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
   images, labels = train_part(digits)
-  cache = tmp_path_factory.mktemp("cache")
+  cache, done = tmp_path_factory.mktemp("cache"), []
   start = time.process_time()
-  extractor = f.train_classifier(Cnn(), images, labels, 10, cache, "digits-cnn")
+  extractor = f.train_classifier(Cnn(), images, labels, 10, cache, "digits-cnn", progress=done.append)
+  assert done == list(range(1, f.STEPS + 1))
   return extractor, cache, time.process_time() - start
 
 
