@@ -77,8 +77,8 @@ def find(name: str) -> pathlib.Path:
       return path
   # By the stem: all paths are alike in the rest.
   near = [f"configs/{each}.py" for each in difflib.get_close_matches(pathlib.Path(name).stem, available())]
-  raise UsageError(f"unknown config file '{name}'; {f'did you mean ' + ' or '.join(near) + '? ' if near else ''}`ddil list`"
-                   " shows those that there are")
+  hint = f"did you mean {' or '.join(near)}? " if near else ""
+  raise UsageError(f"unknown config file '{name}'; {hint}`ddil list` shows those that there are")
 
 
 def available() -> list[str]:

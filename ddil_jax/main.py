@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     if config:
       sub.add_argument("--config", metavar="FILE.py[:ARG]", help="config file and its argument; `ddil list` shows them")
       if workdir:
-        sub.add_argument("--workdir", required=True, type=_folder, metavar="DIR", help="everything of the run lies here")
+        sub.add_argument("--workdir", required=True, type=_folder, metavar="DIR",
+                         help="everything of the run lies here")
       sub.add_argument("--data_dir", metavar="DIR", help="where data sets are prepared (default: $DDIL_DATA or data/)")
     return sub
 
@@ -89,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
   sample.add_argument("--out", default="samples.png", metavar="FILE.png")
   sample.add_argument("--num_samples", type=int, help="default: 40; with --prompt of each prompt, default: 4")
   sample.add_argument("--steps", type=int, help="sampling steps (default: as trained)")
-  sample.add_argument("--guidance_scale", type=float, metavar="G", help="the same as --config.eval.guidance_scales=(G,)")
+  sample.add_argument("--guidance_scale", type=float, metavar="G",
+                      help="the same as --config.eval.guidance_scales=(G,)")
   sample.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="of a run that reads text; give it"
                       " several times for several rows")
   for flag, text in (("text_encoder", "FILE"), ("text_encoder_2", "FILE"), ("tokenizer", "FOLDER")):

@@ -46,8 +46,9 @@ def load(path: str | os.PathLike, split: str = "train", image_size: int | None =
   if not root.is_dir():
     raise UsageError(f"folder: {root} is not a folder; give the path of a folder of images")
   if image_size is None or image_size < 1:
-    raise UsageError(f"folder: image_size is {'not given' if image_size is None else image_size}; the side of the images in"
-                     " pixels is needed (--config.data.image_size=N), to which they are cropped and resized")
+    given = "not given" if image_size is None else image_size
+    raise UsageError(f"folder: image_size is {given}; the side of the images in pixels is needed"
+                     " (--config.data.image_size=N), to which they are cropped and resized")
   if channels not in (1, 3):
     raise UsageError(f"folder: channels must be 1 or 3, not {channels}")
 
