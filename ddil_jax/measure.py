@@ -20,6 +20,7 @@ from ddil_jax.interop import diffusers, extractors
 from ddil_jax.models.autoencoder_kl import AutoencoderKL
 from ddil_jax.training import parallel, processes
 from ddil_jax.training.logging import Progress
+from ddil_jax.types import ONE_DEVICE, Devices
 
 
 class Cost(NamedTuple):
@@ -67,10 +68,10 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
             cost: Cost = Cost()) -> list[dict]:
   """One row per step count and guidance scale: metrics, covariate shift, a sample grid.
 
-  Samples are drawn in batches over the devices of `train.parallel`, measured and forgotten; only those
-  of the grid are kept.
+  Samples are drawn in batches over the devices of `train.parallel`, those of all processes, measured and
+  forgotten; only those of the grid are kept.
   """
-  devices = parallel.spread(config.train.parallel)
+  devices = parallel.spread(config.train.parallel, together=True)
   data = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
   classes = built.dataset.num_classes
   metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
@@ -80,14 +81,18 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   if set(metrics) & set(results.AGAINST_REFERENCE):
     reference = image_set(data.images if data.pixels is None else data.pixels)
     name = reference_name(data.name, config.eval.reference, reference, networks)
+    # By each process for itself: one that finds them in a file must not wait for those that do not.
+    results.reference_features(networks.extractor, reference, build_lib.cache_dir(config))
+  of_samples = networks.on(devices)
   each = config.eval.get("samples_per_prompt", 1)
   cond = conditions(data, config.eval.num_samples, each)
   # Whose samples are compared with each other by the measures of diversity.
   alike = cond["label"] if classes > 1 else _chosen(data, config.eval.num_samples, each) if each > 1 else None
-  params, rows = devices.whole(params), []
-  teacher = devices.whole(teacher) if config.eval.teacher_acts else teacher
+  placed, rows = devices.whole((params, teacher if config.eval.teacher_acts else ())), []
   for sampler in samplers.samplers(config, built):
-    draw = draw_with(sampler, params, teacher, built.dataset.decoder)
+    # What each did alone took not equally long: the set's features, the shift, drawing the grid of samples.
+    processes.meet(f"evaluation in {sampler.steps} steps")
+    draw = draw_with(sampler, *placed, built.dataset.decoder, devices)
     batches = sampling.sample_batches(draw, config.eval.num_samples, build_lib.pixel_shape(built.dataset),
                                       config.eval.seed, cond, config.eval.batch_size, devices)
     batches = told(batches, config.eval.num_samples, f"evaluating, {sampler.steps} sampling steps:")
@@ -95,7 +100,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
                    f"the samples at {sampler.steps} steps hold values that are not finite: the run diverged")
     agreement = caption_agreement(config, data)
     measured = measure_images(config, agreement.tap(shown) if agreement else shown, config.eval.num_samples,
-                              alike, reference, name, networks, metrics)
+                              alike, reference, name, of_samples, metrics)
     if agreement:
       own = agreement.measured()
       measured = results.Measured(measured.values | own.values, measured.intervals | own.intervals)
@@ -180,11 +185,12 @@ def _chosen(dataset: Dataset, num: int, each: int) -> np.ndarray:
   return order[np.arange(num) // each % len(order)]
 
 
-def draw_with(sampler: samplers.Sampler, params, teacher=None, decoder: str = ""):
+def draw_with(sampler: samplers.Sampler, params, teacher=None, decoder: str = "", devices: Devices = ONE_DEVICE):
   """(keys, cond) -> images; parameters are an argument of the compiled program, so that it is one for all runs.
 
   Args:
     decoder: file of the autoencoder that makes images of what is sampled; "" where that are images.
+    devices: where the decoder is put.
   """
   params = (params, teacher) if sampler.with_teacher else params
   if not decoder:
@@ -196,7 +202,7 @@ def draw_with(sampler: samplers.Sampler, params, teacher=None, decoder: str = ""
     latents = sampler.sample(params, keys, cond)
     return jnp.clip(module.apply({"params": weights}, latents, method="decode"), -1, 1)
 
-  return functools.partial(draw, params, weights)
+  return functools.partial(draw, params, devices.whole(weights))
 
 
 @functools.lru_cache(maxsize=1)
@@ -244,6 +250,11 @@ class Networks(NamedTuple):
   judge: features.Extractor | None
   lpips: features.Extractor | None
   own: bool
+
+  def on(self, devices: Devices) -> "Networks":
+    """The same on other devices."""
+    of = (self.extractor, self.judge, self.lpips)
+    return Networks(*(network and network.on(devices) for network in of), self.own)
 
 
 def load_networks(config, image_shape, metrics, dataset, needed: bool = True) -> Networks:

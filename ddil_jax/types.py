@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Params = Any
@@ -63,10 +64,13 @@ class Devices(NamedTuple):
     count: of devices.
     split: tree of arrays [B, ...] -> the same, split along axis 0; B is a multiple of `count`.
     whole: tree of arrays -> the same with a copy on every device.
+    fetch: array that was computed from those -> all of it on the host. Where the devices are those of several
+      processes, each of them has to call what is here, with the same.
   """
   count: int
   split: Callable[[Any], Any]
   whole: Callable[[Any], Any]
+  fetch: Callable[[Any], np.ndarray] = np.asarray
 
   def round_up(self, batch_size: int) -> int:
     """The smallest multiple of `count` that is at least `batch_size`."""

@@ -30,12 +30,14 @@ class Extractor(NamedTuple):
     num_classes: K; 0 for a network without classes.
     outputs: images -> (logits [N,K], features [N,D]), float32.
     variables: {"params": ...} of the network, for those who need more of it than its outputs.
+    on: devices -> the same extractor on those.
   """
 
   name: str
   num_classes: int
   outputs: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
   variables: dict | None = None
+  on: Callable[[Devices], "Extractor"] | None = None
 
   def features(self, images) -> np.ndarray:
     return self.outputs(images)[1]
@@ -67,12 +69,17 @@ def make_extractor(module, variables, image_shape, name: str, devices: Devices =
   leaves = _flat(variables)
   about = {"module": _describe(module), "image_shape": image_shape, "range": [-1, 1]}
   num_classes = jax.eval_shape(module.apply, variables, jnp.zeros((1, *image_shape)))[0].shape[-1]
-  apply, placed = jax.jit(module.apply), devices.whole(variables)
+  apply, name = jax.jit(module.apply), f"{name}-{files.digest(leaves, about)[:8]}"
 
-  def outputs(images):
-    return in_batches(lambda x: apply(placed, x), checks.images(images, "images", image_shape), devices, batch_size)
+  def on(devices):
+    placed = devices.whole(variables)
 
-  return Extractor(f"{name}-{files.digest(leaves, about)[:8]}", num_classes, outputs, variables)
+    def outputs(images):
+      return in_batches(lambda x: apply(placed, x), checks.images(images, "images", image_shape), devices, batch_size)
+
+    return Extractor(name, num_classes, outputs, variables, on)
+
+  return on(devices)
 
 
 def in_batches(apply: Callable, images: np.ndarray, devices: Devices = ONE_DEVICE, batch_size: int = _BATCH):
@@ -85,7 +92,8 @@ def in_batches(apply: Callable, images: np.ndarray, devices: Devices = ONE_DEVIC
   for i in range(0, len(images), size):
     part = np.asarray(images[i:i + size], np.float32)
     filled = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.float32)])
-    parts.append(jax.tree.map(lambda x: np.asarray(x, np.float32)[:len(part)], apply(devices.split(filled))))
+    parts.append(jax.tree.map(lambda x: np.asarray(devices.fetch(x), np.float32)[:len(part)],
+                              apply(devices.split(filled))))
   return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 

@@ -28,7 +28,7 @@ def sample_batches(sample_fn: Callable, num_samples: int, image_shape, seed: int
     seed: of the run of evaluation.
     given: labels int [N], or a dict of rows [N,...] such as a condition; None: sample_fn gets None.
     batch_size: B of every call, rounded up to a multiple of the devices.
-    devices: over which keys and what is given are split.
+    devices: over which keys and what is given are split; every process has all images.
 
   Yields:
     float32 [B,H,W,C], N in all.
@@ -53,7 +53,7 @@ def sample_batches(sample_fn: Callable, num_samples: int, image_shape, seed: int
     some = {name: devices.split(values[np.minimum(index, num_samples - 1)]) for name, values in rows.items()}
     if not isinstance(given, dict):
       some = some.get("label")
-    out = np.asarray(sample_fn(keys, some), np.float32)
+    out = np.asarray(devices.fetch(sample_fn(keys, some)), np.float32)
     if out.shape != shape:
       raise UsageError(f"sample_fn gave images of shape {out.shape}; expected {shape}")
     yield out[:num_samples - start]

@@ -114,16 +114,18 @@ def _of_mode(mode, devices, default):
   return devices[:1] if mode == "single" else devices
 
 
-def spread(mode: str, devices: list | None = None) -> Devices:
+def spread(mode: str, devices: list | None = None, together: bool = False) -> Devices:
   """The devices of a mode for work without a TrainState: one, or a mesh of all of this process.
+
+  Args:
+    together: of all processes; each then has to do the same work with the same arrays.
 
   Raises:
     UsageError: unknown mode.
   """
-  devices = _of_mode(mode, devices, jax.local_devices)
+  devices = _of_mode(mode, devices, jax.devices if together else jax.local_devices)
   places = _Places(devices, Options())
-  return Devices(len(devices), lambda tree: jax.device_put(tree, places.split),
-                 lambda tree: jax.device_put(tree, places.whole))
+  return Devices(len(devices), lambda tree: _put(tree, places.split), lambda tree: _put(tree, places.whole), to_host)
 
 
 def local(tree):

@@ -6,6 +6,7 @@ another that has given up.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,12 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.registry import unknown
 from ddil_jax.training.workdir import differences
 
 METHODS = ("auto", "none", "slurm", "kubernetes", "tpu")
+_PATIENCE = 24 * 3600  # seconds
+_meetings = itertools.count()
 # Set by the manifest of `launch/k8s.py`; the index is Kubernetes' own.
 COORDINATOR, NUM_PROCESSES, INDEX = "DDIL_COORDINATOR", "DDIL_NUM_PROCESSES", "JOB_COMPLETION_INDEX"
 
@@ -136,6 +140,21 @@ def together(work: Callable[[], Any]):
       usage, line = json.loads(text)
       raise (UsageError if usage else RunError)(f"process {index}: {line}")
   return result
+
+
+def meet(what: str) -> None:
+  """Waits for the others, also for hours: through the coordinator, since collectives give up after seconds or minutes.
+
+  Args:
+    what: they meet for; unlike what any of them meets for elsewhere at the same time.
+
+  Raises:
+    RunError: one of them is gone.
+  """
+  try:
+    multihost.get_barrier_sync_fn()(key=f"{what} {next(_meetings)}", timeout_ms=_PATIENCE * 1000)
+  except jax.errors.JaxRuntimeError as error:
+    raise RunError(f"the other processes did not come to {what}: {str(error).splitlines()[0]}") from error
 
 
 def require_agreement(about: dict) -> None:

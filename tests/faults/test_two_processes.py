@@ -120,6 +120,9 @@ def test_two_processes_are_one(method, options, tmp_path, trained, capfd):  # no
     state, _, step = checkpoints.restore(trained[0], 5)
   assert step == 5
   assert_close(state, trained[0])
+  # Drawn and measured by both together.
+  results = [json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("two", "one")]
+  assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-3, abs=1e-4)
 
 
 def test_the_launcher_ends_and_starts_again(tmp_path, monkeypatch, capfd):
@@ -152,6 +155,52 @@ def test_sigterm_to_one_of_two(tmp_path):
   steps = log_lib.read_metrics(metrics)[-1]["step"]
   assert said.count(f"stopped at step {steps} of 1000000; the same command continues") == 2
   assert checkpoint.Checkpoints(tmp_path / "checkpoints", read_only=True).steps()[-1] == steps
+
+
+# One call of a network in each process: a sample knows how many of its batch were on its device.
+DRAWS = """
+import sys
+import flax.linen as nn, jax, numpy as np
+from ddil_jax.evaluation import features, sampling
+from ddil_jax.training import parallel, processes
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    h = nn.Dense(3)(x.reshape(len(x), -1))
+    return h, jax.nn.tanh(h)
+
+out, *flags = sys.argv[1:]
+if flags:
+  processes.start(processes.find("auto", flags[0], 2, int(flags[1])))
+devices, here = parallel.spread("mesh", together=True), parallel.spread("mesh")
+draw = jax.jit(lambda keys, cond: jax.vmap(lambda key: jax.random.normal(key, (4, 4, 1)))(keys)
+               + cond["label"].reshape(-1, 1, 1, 1))
+keys = devices.split(jax.random.split(jax.random.key(0), devices.count * 3))
+shares = [len(part.data) for part in draw(keys, {"label": devices.split(np.zeros(len(keys)))}).addressable_shards]
+images = sampling.sample_images(draw, 21, (4, 4, 1), 0, {"label": np.arange(21) % 10}, 6, devices)
+net = Net()
+extractor = features.make_extractor(net, net.init(jax.random.key(0), images[:1]), (4, 4, 1), "net", here, batch_size=8)
+spread = extractor.on(devices)
+processes.meet("measuring")
+assert spread.name == extractor.name
+np.testing.assert_allclose(spread.features(images), extractor.features(images), rtol=0, atol=1e-6)
+np.savez(out, images=images, features=spread.features(images), shares=shares, count=devices.count, here=here.count)
+"""
+
+
+def test_two_processes_draw_and_measure_together(tmp_path, capfd):
+  """Each computes its share of every batch, and both have all of it: as one process has."""
+  port = local.free_port()
+  both = [[sys.executable, "-c", DRAWS, str(tmp_path / f"{i}.npz"), f"localhost:{port}", str(i)] for i in range(2)]
+  assert local._once(both, local.environment(2), grace=60) == [0, 0], capfd.readouterr().err
+  assert local._once([[sys.executable, "-c", DRAWS, str(tmp_path / "one.npz")]], local.environment(1), grace=60) == [0]
+  one, *two = (np.load(tmp_path / f"{name}.npz") for name in ("one", 0, 1))
+  for other in two:
+    assert (other["count"], other["here"], other["shares"].tolist()) == (4, 2, [3, 3])
+    for name in ("images", "features"):
+      np.testing.assert_allclose(other[name], one[name], rtol=0, atol=1e-6)
+  assert len(one["images"]) == 21 and one["images"].std() > 1
 
 
 # Another process's command: its folder, the folder whose code it runs, and the arguments.
