@@ -12,6 +12,7 @@ from ddil_jax import samplers
 from ddil_jax.data import pipeline
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.errors import UsageError
+from ddil_jax.evaluation import features
 from ddil_jax.states.base import SOURCES, Context
 from ddil_jax.training.parallel import make_runner
 from ddil_jax.training.step import Layout, due_players, init_state, make_train_step
@@ -178,6 +179,32 @@ def test_the_teacher_takes_some_of_the_steps():
   for acts, message in (((4,), "0 to 3"), ((-1,), "0 to 3")):
     with pytest.raises(UsageError, match=message):
       sample(acts)
+
+
+@pytest.fixture(scope="module")
+def digits_with_a_fresh_folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  config = load("digits_teacher.py", data__data_dir=folder)
+  return config, build_lib.load_data(config, "train"), build_lib.load_data(config, "test"), folder / "extractors"
+
+
+def test_the_classifier_of_digits_comes_with_the_package(digits_with_a_fresh_folder):
+  """So its hash is the same everywhere, and nothing is trained."""
+  config, train, test, folder = digits_with_a_fresh_folder
+  extractor = build_lib.load_classifier(config, train)
+  assert extractor.name == "digits-cnn-42dd9301" and not folder.exists()
+  assert np.mean(extractor.logits(test.images).argmax(axis=1) == test.labels) > 0.97
+
+
+@pytest.mark.slow
+def test_the_classifier_of_digits_is_what_training_gives(digits_with_a_fresh_folder, monkeypatch):
+  """Up to rounding, which makes a hash of its own on some processors."""
+  config, train, test, folder = digits_with_a_fresh_folder
+  shipped = build_lib.load_classifier(config, train)
+  monkeypatch.setattr(features, "SHIPPED", folder / "none")
+  own = build_lib.load_classifier(config, train)
+  assert len(list(folder.glob("digits-cnn-*.safetensors"))) == 1
+  np.testing.assert_allclose(own.features(test.images), shipped.features(test.images), rtol=1e-2, atol=1e-2)
 
 
 def test_the_feature_network_of_a_data_set():

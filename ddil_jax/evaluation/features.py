@@ -20,6 +20,8 @@ from ddil_jax.types import ONE_DEVICE, Devices
 # Images a batch of the extractor; fixed, so that features do not depend on how images are handed over.
 _BATCH = 256
 STEPS = 800  # for which a classifier is trained
+# Classifiers that come with the package. Training rounds otherwise on another processor, and ends with another hash.
+SHIPPED = pathlib.Path(__file__).with_name("classifiers")
 
 
 class Extractor(NamedTuple):
@@ -106,7 +108,8 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
   Cross entropy under Adam with cosine decay; images are shifted by up to `max_shift` of their side
   (fractions of a pixel too) and get Gaussian noise of deviation `noise`. The cached file is named
   by the recipe and the data; its content is verified by hash and by the features of a probe batch,
-  and is made again when it does not hold.
+  and is made again when it does not hold. What the package has in `SHIPPED` is taken from there, so that
+  a metric of that data set has the same name on every machine.
 
   Args:
     module: Linen; `apply({"params"}, images [B,H,W,C])` gives (logits [B,K], features [B,D]).
@@ -136,12 +139,14 @@ def train_classifier(module, images, labels, num_classes: int, cache_dir, name: 
   recipe = {"module": _describe(module), "num_classes": num_classes, "seed": seed, "steps": steps,
             "batch_size": batch_size, "learning_rate": learning_rate, "max_shift": max_shift, "noise": noise}
   data = files.digest({"images": images, "labels": labels}, recipe)
-  path = None if cache_dir is None else pathlib.Path(cache_dir) / f"{name}-{data[:16]}.safetensors"
-  if path is not None and path.exists():
-    try:
-      return _read(path, module, image_shape, name, devices)
-    except UsageError as e:
-      logging.warning("%s: training the classifier again", e)
+  file = f"{name}-{data[:16]}.safetensors"
+  path = None if cache_dir is None else pathlib.Path(cache_dir) / file
+  for kept in (SHIPPED / file, path):
+    if kept is not None and kept.exists():
+      try:
+        return _read(kept, module, image_shape, name, devices)
+      except UsageError as e:
+        logging.warning("%s: training the classifier again", e)
 
   variables = _fit(module, images, labels, seed, steps, batch_size, learning_rate, max_shift, noise, progress)
   extractor = make_extractor(module, variables, image_shape, name, devices)
