@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
-from ddil_jax import samplers
+from ddil_jax import config_checks, samplers
 from ddil_jax import shift as shift_lib
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.errors import RunError, UsageError
@@ -75,8 +75,8 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
   data = built.dataset if config.eval.reference == "train" else build_lib.load_data(config, config.eval.reference)
   classes = built.dataset.num_classes
   metrics = [m for m in config.eval.metrics if m != "class_accuracy" or classes > 1]
-  networks = load_networks(config, build_lib.pixel_shape(built.dataset), metrics, built.dataset,
-                           build_lib.needs_extractor(config))
+  networks = load_networks(config, config_checks.pixel_shape(built.dataset), metrics, built.dataset,
+                           config_checks.needs_extractor(config))
   reference, name = None, config.eval.reference
   if set(metrics) & set(results.AGAINST_REFERENCE):
     reference = image_set(data.images if data.pixels is None else data.pixels)
@@ -93,7 +93,7 @@ def measure(config, built, params, teacher, samples_dir: pathlib.Path | None = N
     # What each did alone took not equally long: the set's features, the shift, drawing the grid of samples.
     processes.meet(f"evaluation in {sampler.steps} steps")
     draw = draw_with(sampler, *placed, built.dataset.decoder, devices)
-    batches = sampling.sample_batches(draw, config.eval.num_samples, build_lib.pixel_shape(built.dataset),
+    batches = sampling.sample_batches(draw, config.eval.num_samples, config_checks.pixel_shape(built.dataset),
                                       config.eval.seed, cond, config.eval.batch_size, devices)
     batches = told(batches, config.eval.num_samples, f"evaluating, {sampler.steps} sampling steps:")
     shown = _First(batches, 4 * min(classes, 10) if classes > 1 else 40,
@@ -152,7 +152,7 @@ class _First:
 def measure_images(config, batches, num: int, labels, reference: ImageSet | None, name: str, networks: "Networks",
                    metrics) -> results.Measured:
   """Metrics of `num` images in batches against a reference of that name; None where no metric needs one."""
-  options = build_lib.evaluation_options(config)
+  options = config_checks.evaluation_options(config)
   diversity = perceptual.LpipsDiversity(networks.lpips, labels, options)
   measured = results.evaluate(batches if networks.lpips is None else diversity.tap(batches), labels, reference, name,
                               networks.extractor, metrics, build_lib.cache_dir(config), options, networks.judge)
@@ -222,7 +222,7 @@ def caption_agreement(config, data: Dataset) -> perceptual.CaptionAgreement | No
   """
   if not config.eval.get("captions", ""):
     return None
-  extractor = load_published(config, "captions", build_lib.pixel_shape(data))
+  extractor = load_published(config, "captions", config_checks.pixel_shape(data))
   _, module, variables = extractors.from_config(config.eval.captions, config.eval.get("quantise", True))
   each = config.eval.get("samples_per_prompt", 1)
   captions = prompts(data, config.eval.num_samples, each)
@@ -234,7 +234,7 @@ def caption_agreement(config, data: Dataset) -> perceptual.CaptionAgreement | No
   number = {captions[i]: k for k, i in enumerate(sorted(first.values()))}
   return perceptual.CaptionAgreement(extractor, perceptual.text_features(module, variables, tokens),
                                      np.array([number[caption] for caption in captions]),
-                                     options=build_lib.evaluation_options(config))
+                                     options=config_checks.evaluation_options(config))
 
 
 class Networks(NamedTuple):

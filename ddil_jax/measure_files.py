@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
+from ddil_jax import config_checks
 from ddil_jax import measure as measure_lib
 from ddil_jax.data import image_files, pipeline
 from ddil_jax.data.dataset import Dataset
@@ -55,7 +56,7 @@ def measure_files(config: ConfigDict, path: str, reference: str, own_metrics: bo
     UsageError: anything that does not fit, in one line.
   """
   began = time.monotonic()
-  options = build_lib.evaluation_options(config)
+  options = config_checks.evaluation_options(config)
   results.check(config.eval.metrics, sys.maxsize, options=options)
   config, split = of_split(config, reference)
   ref = open_reference(config, reference, split, own_data)
@@ -73,7 +74,7 @@ def measure_files(config: ConfigDict, path: str, reference: str, own_metrics: bo
     raise UsageError(f"{reference} has no labels to train the small classifier on; give as reference a data set"
                      f" (NAME/train), a folder with a sub-folder for each class or an .npz file with labels; or a"
                      " --config, whose data set's classifier is then used; or --extractor=NAME:FILE")
-  build_lib.check_networks(config, given.shape[1:])
+  config_checks.check_networks(config, given.shape[1:])
   networks = measure_lib.load_networks(config, given.shape[1:], metrics, ref.dataset() if needed else None)
   name = measure_lib.reference_name(ref.name, split, ref.images, networks) if split else ref.name
   batches = measure_lib.told(given.batches(), given.shape[0], f"{path}:")

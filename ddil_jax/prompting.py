@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddil_jax import build as build_lib
+from ddil_jax import config_checks
 from ddil_jax.data import prepared
 from ddil_jax.data.dataset import Dataset
 from ddil_jax.errors import UsageError
@@ -59,7 +59,7 @@ def conditions(data: Dataset, encode: text.Prompts, prompts: Sequence[str], num:
       say(f"the prompt '{prompt[:40]}...' has more than {encode.length} tokens; the rest is left out, as CLIP does")
   rows = {name: np.asarray(value) for name, value in found.cond.items()}
   if "time_ids" in data.cond:
-    height, width, _ = build_lib.pixel_shape(data)
+    height, width, _ = config_checks.pixel_shape(data)
     rows["time_ids"] = np.tile(np.float32([height, width, 0, 0, height, width]), (len(prompts), 1))
   for name, value in rows.items():
     if name not in data.cond or value.shape[1:] != data.cond[name].shape[1:]:

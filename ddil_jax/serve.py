@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
+from ddil_jax import config_checks
 from ddil_jax import measure, prompting, samplers, trained
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import grids, sampling
@@ -124,7 +125,7 @@ class Drawing:
       if guided or side.reads_scale:
         cond["guidance_scale"] = np.full(num, scale, np.float32)
       program = self._program(side.name, steps, num, guided)
-      images = sampling.sample_images(program, num, build_lib.pixel_shape(self._data), seed, cond, num)
+      images = sampling.sample_images(program, num, config_checks.pixel_shape(self._data), seed, cond, num)
       if not np.isfinite(images).all():
         raise UsageError(f"the {side.name}'s images hold values that are not finite")
       return Drawn(images, program.seconds, program.compile_seconds, program.network_evaluations, tuple(notes))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
+from ddil_jax import config_checks
 from ddil_jax import files, lora
 from ddil_jax import measure as measure_lib
 from ddil_jax import measure_files, prompting, samplers
@@ -176,7 +177,7 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   if prompts:
     cond = prompting.conditions(data, prompting.encoder(config, encoders, tokenizer), prompts, num_samples)
   count = len(cond["label"])
-  images = sampling.sample_images(draw, count, build_lib.pixel_shape(data), seed, cond,
+  images = sampling.sample_images(draw, count, config_checks.pixel_shape(data), seed, cond,
                                   min(count, config.eval.batch_size))
   columns = num_samples if prompts else min(10, num_samples)
   grids.save_png(out, grids.image_grid(images, columns=columns, scale=max(1, 32 // images.shape[1])))

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import checks
-from ddil_jax.evaluation.metrics import squared_distances
+from ddil_jax.evaluation.pairs import squared_distances
 
 
 def sliced_wasserstein2(a, b, num_projections: int = 64, seed: int = 0) -> float:

@@ -10,7 +10,7 @@ import scipy.linalg
 
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import checks, pairs
-from ddil_jax.evaluation.pairs import Points, squared_distances  # noqa: F401 (covariate_shift)
+from ddil_jax.evaluation.pairs import Points
 
 _ROWS = 4096  # of a block in a QR decomposition
 

@@ -7,6 +7,7 @@ import pytest
 
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
+from ddil_jax import config_checks
 from ddil_jax import measure, samplers
 from ddil_jax.diffusion import process, transforms
 from ddil_jax.errors import UsageError
@@ -61,4 +62,4 @@ def test_in_a_run():
   np.testing.assert_array_equal(plain, draw(load(time_shift=0.1, time_shift_cutoff=2.0)))
   assert measure.variant(load(time_shift=0.1), built) == "+shifted(0.1)" and measure.variant(load(), built) == ""
   with pytest.raises(UsageError, match="config.eval.time_shift: time shift: window -0.1"):
-    build_lib.check_evaluation(load(time_shift=-0.1), built)
+    config_checks.check_evaluation(load(time_shift=-0.1), built)

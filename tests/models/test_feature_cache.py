@@ -11,6 +11,7 @@ import pytest
 
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
+from ddil_jax import config_checks
 from ddil_jax import keys as keys_lib
 from ddil_jax import measure, samplers
 from ddil_jax.diffusion import feature_cache, prediction, process, solvers, transforms
@@ -156,4 +157,4 @@ def test_in_a_run():
                        ({"cache": "skips", "cache_batched": True, "time_shift": 0.1}, "set config.eval.time_shift to 0"),
                        ({"cache": "skips", "teacher_acts": (0,)}, "set config.eval.teacher_acts")):
     with pytest.raises(UsageError, match=re.escape(said)):
-      build_lib.check_evaluation(load(**fields), built)
+      config_checks.check_evaluation(load(**fields), built)
