@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ddil_jax import config as config_lib
 from ddil_jax import files
 from ddil_jax.errors import UsageError
-from ddil_jax.evaluation.report_rows import FAILED, TRIALS
+from ddil_jax.evaluation.report_rows import FAILED, TRIALS, attempted
 from ddil_jax.training.workdir import with_defaults
 
 # Fields that name a place, not a setting.
@@ -153,7 +153,7 @@ def status(trial: Trial, workdir: pathlib.Path) -> str:
 
 
 def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """One flat row for each row of results of each trial; a trial without results is a row that says why.
+  """One flat row for each row of results of each trial; without results there are the rows all the same, with why.
 
   Returns:
     [{"run", "status", "error", FIELD..., "objective", "variant", "steps", "seed", "guidance_scale",
@@ -165,16 +165,24 @@ def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
   rows = []
   for trial in found:
     folder, state = workdir / trial.name, status(trial, workdir)
-    error = files.read_json(folder / FAILED)["error"] if state == "failed" else ""
-    about = {"run": trial.name, "status": state, "error": error}
+    failure = files.read_json(folder / FAILED) if state == "failed" else {"error": ""}
+    about = {"run": trial.name, "status": state, "error": failure["error"]}
     about |= {f"config.{name}": _cell(configs[trial.name].get(name)) for name in fields}
-    results = files.read_json(folder / "results.json") if state == "done" else [{"seed": configs[trial.name]["seed"]}]
+    results = files.read_json(folder / "results.json") if state == "done" else _without_results(trial, failure)
     for row in results:
       same = {name: row.get(name) for name in (
           "objective", "variant", "steps", "seed", "guidance_scale", "network_evaluations", "seconds", "step_seconds",
           "step_bytes")}
       rows.append(about | same | row.get("metrics", {}))
   return rows
+
+
+def _without_results(trial, failure) -> list[dict[str, Any]]:
+  """What the rows of a trial would have been about: of one that failed when its config was known, each of them."""
+  seed = {"seed": trial.config().seed}
+  wanted = attempted(failure["config"]) if "config" in failure else ()
+  return [seed | {"objective": objective, "variant": failure["variant"], "steps": steps, "guidance_scale": scale}
+          for objective, steps, scale in wanted] or [seed]
 
 
 def varying_fields(configs: list[dict[str, Any]]) -> list[str]:

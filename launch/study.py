@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Sequence
 
 from ddil_jax import config as config_lib
 from ddil_jax import build, files, trained
@@ -29,11 +30,13 @@ PARTS = (*DIGITS, "fashion_mnist_small", *ALONE)
 TEACHER = {"config": "configs/digits_teacher.py", "eval.guidance_scales": (1.0, 2.0, 3.0, 5.0)}
 
 
-def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, train: bool = True) -> dict[str, str]:
+def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, train: bool = True,
+        others: Sequence[str] = ()) -> dict[str, str]:
   """Trains the teacher where it is not there yet, then the trials of a part; returns {name: error}.
 
   Args:
     train: False gathers the results there are.
+    others: see `compare_family`.
   """
   own = getattr(config_lib.module(f"configs/study/{part}.py"), "TEACHER", None)
   # Compile flags that are for networks of a few pixels.
@@ -50,21 +53,23 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
   rows = sweeps.gather(trials, folder)
   sweeps.write_table(rows, folder)
   if part == FAMILY:
-    print(compare_family(workdir))
+    print(compare_family(workdir, others))
   return failed
 
 
-def compare_family(workdir: pathlib.Path) -> str:
-  """9. The table of every method, also in family/table.md, beside the figure; of what was run so far."""
-  missing = []
-  rows = [row for run in report_rows.runs_of([workdir / FAMILY], missing) for row in run.rows]
-  found = report_rows.unique(rows, missing)
-  lines = family.lines(found, config_lib.module(f"configs/study/{FAMILY}.py").FAMILIES)
+def compare_family(workdir: pathlib.Path, others: Sequence[str | pathlib.Path] = ()) -> str:
+  """10. The table of every method, also in family/table.md, beside the figure; of what was run so far.
+
+  Args:
+    others: tables of the same sweep whose rows are taken too, of other seeds that were run elsewhere.
+  """
+  rows = [row for path in (workdir / FAMILY / "results.csv", *others) for row in report_rows.rows_of_table(path)]
+  lines = family.lines(rows, config_lib.module(f"configs/study/{FAMILY}.py").FAMILIES)
   if not lines:
     raise UsageError(f"{workdir / FAMILY} has no results yet")
-  measured = {metric for row in found for metric in row.metrics}
+  measured = {metric for row in rows for metric in row.metrics}
   teacher = {(row.steps, row.guidance_scale): value
-             for run in report_rows.runs_of([workdir / "teacher"], missing) for row in run.rows
+             for run in report_rows.runs_of([workdir / "teacher"], []) for row in run.rows
              for metric, value in row.metrics.items() if metric.startswith("fd@") and metric in measured}
   table = family.markdown(lines, teacher)
   files.write_bytes(workdir / FAMILY / "table.md", table.encode())
@@ -84,8 +89,8 @@ def intervene(workdir: pathlib.Path) -> str:
     UsageError: no four-step students are there.
   """
   compile_cache(workdir)
-  students = [path.parent for part in ("methods", "methods_dmd2", "guided") for path in sorted((workdir / part).glob("**/config.json"))
-              if (path.parent / "checkpoints").exists()]
+  students = [path.parent for part in ("methods", "methods_dmd2", "guided")
+              for path in sorted((workdir / part).glob("**/config.json")) if (path.parent / "checkpoints").exists()]
   rows = []
   for student in students:
     kept = workdir / INTERVENTION / f"{'-'.join(student.relative_to(workdir).parts)}.json"
@@ -153,6 +158,8 @@ def parser() -> argparse.ArgumentParser:
   args.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at a time")
   args.add_argument("--retry", action="store_true", help="run failed trials again")
   args.add_argument("--table", action="store_true", help="gather the results there are, run nothing")
+  args.add_argument("--rows", action="append", default=[], metavar="FILE.csv", help="of family: a table of the same"
+                    " sweep, of seeds that were run elsewhere; its rows are taken too")
   args.add_argument("--list", action="store_true", help="say what each part asks, and its number of runs")
   return args
 
@@ -186,7 +193,7 @@ def _main(args) -> int:
     if part == CORRELATION:
       print(correlate(pathlib.Path(args.workdir)))
       continue
-    failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry, not args.table)
+    failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry, not args.table, args.rows)
     for name, error in failed.items():
       print(f"FAILED {name}: {error}", file=sys.stderr)
     code |= bool(failed)

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import statistics
 from ddil_jax.evaluation.report_figures import INK, STYLE, Drawing, scale, styles
-from ddil_jax.evaluation.report_rows import Row, attempted
+from ddil_jax.evaluation.report_rows import Row
 from ddil_jax.evaluation.report_table import fmt
 
 COUNTS = (4, 2, 1)  # sampling steps of the columns
@@ -71,7 +71,7 @@ def lines(rows: Iterable[Row], families: Mapping[str, Iterable[str]]) -> list[Li
   Raises:
     UsageError: distances that were measured in unlike ways.
   """
-  rows = [row for row in rows if row.objective != "teacher" and _own(row)]
+  rows = [row for row in rows if row.objective != "teacher"]
   names = {metric for row in rows for metric in row.metrics if metric.startswith("fd@")}
   if len(names) > 1:
     raise UsageError(f"distances measured in unlike ways cannot stand in one table: {', '.join(sorted(names))}")
@@ -85,22 +85,10 @@ def lines(rows: Iterable[Row], families: Mapping[str, Iterable[str]]) -> list[Li
   return [_line(family.get(key[0], "Others"), key, grouped[key]) for key in order]
 
 
-def _own(row: Row) -> bool:
-  """Not of a stage's student that is sampled at fewer steps than it was trained for: that is the next stage's."""
-  return bool(row.error) or not row.config.get("train.stages") or row.path.name == f"stage_{row.steps}"
-
-
 def _trained(row: Row) -> int:
-  return 0 if row.config.get("train.stages") else attempted(_nested(row.config))[0][1]
-
-
-def _nested(flat: Mapping) -> dict:
-  """The groups of a flat config."""
-  nested = collections.defaultdict(dict)
-  for name, value in flat.items():
-    group, _, field = name.partition(".")
-    nested[group] |= {field: value} if field else {}
-  return nested
+  if row.config.get("train.stages"):
+    return 0
+  return int(row.config.get("objective.sampler_steps") or row.config["objective.num_steps"])
 
 
 def _line(family, key, rows) -> Line:

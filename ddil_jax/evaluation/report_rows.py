@@ -4,6 +4,7 @@ Nothing that is absent or damaged stops the reading: it is left out and named in
 of a sweep that failed has rows too, without values and with its error.
 """
 
+import csv
 import json
 import math
 import pathlib
@@ -152,6 +153,39 @@ def _failed(path, run, have, missing) -> list[Row]:
   flat = report_labels.flatten(config)
   return [Row(objective, variant, steps, scale, seed, {}, [], None, None, "", path, run.name, config=flat, error=error)
           for objective, steps, scale in wanted if (objective, steps, scale) not in have]
+
+
+def rows_of_table(path: pathlib.Path) -> list[Row]:
+  """The rows of a sweep's `results.csv`, those of failed trials too; what was not run yet is left out.
+
+  Their config has the fields that vary over the sweep.
+
+  Raises:
+    UsageError: no such table.
+  """
+  try:
+    with open(path, newline="", encoding="utf-8") as file:
+      found = list(csv.DictReader(file))
+  except (OSError, UnicodeDecodeError, csv.Error) as error:
+    raise UsageError(f"cannot read the table {path}: {getattr(error, 'strerror', None) or error}") from None
+  if not found or not {"run", "status", "objective", "steps", "seed"} <= found[0].keys():
+    raise UsageError(f"{path} is no table of a sweep, such as results.csv")
+  rows = []
+  for line in found:
+    raw = {name: _cell(value) for name, value in line.items() if name and value}
+    raw["metrics"] = {name: value for name, value in raw.items() if "@" in name}
+    row = check(raw, [], path, line["run"])
+    if row:
+      config = {name.removeprefix("config."): value for name, value in raw.items() if name.startswith("config.")}
+      rows.append(row._replace(config=config, error=line.get("error") or ""))
+  return rows
+
+
+def _cell(text: str):
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
 
 
 def attempted(config: dict) -> list[tuple[str, int, float]]:

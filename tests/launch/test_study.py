@@ -1,5 +1,8 @@
 """The study's command: what it lists and refuses; the teacher's steps in students that were trained."""
 
+import csv
+import shutil
+
 import pytest
 
 from ddil_jax import config as config_lib
@@ -45,7 +48,7 @@ def test_correlation_reads_the_parts_that_were_run(tmp_path, capsys):
 
 def family_results(workdir):
   """Results as some trials of the family leave them; distances follow from seed and setting."""
-  for trial in sweep.trials("configs/study/family.py"):
+  for trial in sweep.trials("configs/study/family.py", {"teacher.path": str(workdir / "teacher")}):
     name = trial.name.removeprefix("digits_").partition("-")[0]
     if name not in ("pd", "lcm", "dmd") or "teacher.guidance_scale" in trial.overrides:
       continue
@@ -65,8 +68,6 @@ def family_results(workdir):
       rows.append({"objective": name, "variant": variant, "steps": steps, "seed": seed, "guidance_scale": 1.0,
                    "network_evaluations": steps, "step_seconds": 0.01 * (1 + seed), "step_bytes": 2**21 + steps,
                    "metrics": {"fd@2000/train/x": distance, "coverage@2000/train/x": 0.5}, "shift": []})
-      if config.train.stages:
-        files.write_json(folder / f"stage_{steps}" / "results.json", rows[-1:])
     files.write_json(folder / "results.json", rows)
   teacher = {"objective": "teacher", "variant": "", "seed": 0, "shift": []}
   files.write_json(workdir / "teacher" / "results.json", [
@@ -74,10 +75,11 @@ def family_results(workdir):
       teacher | {"steps": 2, "guidance_scale": 1.0, "metrics": {"fd@2000/train/other": 7.0}}])
 
 
-def test_the_table_of_all_methods(tmp_path):
+def test_the_table_of_all_methods(tmp_path, capsys):
   family_results(tmp_path)
-  table = study.compare_family(tmp_path)
-  assert table == (tmp_path / "family" / "table.md").read_text()
+  assert study.main(["family", "--table", f"--workdir={tmp_path}"]) == 0
+  table = (tmp_path / "family" / "table.md").read_text()
+  assert table in capsys.readouterr().out
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
   lines = {(row[0], row[2], row[3]): row[4:] for row in cells[2:]}
   assert list(lines) == [("teacher's own sampler", "", ""), ("**Base methods**", "", ""),
@@ -95,9 +97,21 @@ def test_the_table_of_all_methods(tmp_path):
   assert lines["dmd", "4", "base"][:3] == [f"{value:.2f} (2) 1 diverged" for value in (2.01, 4.01, 8.01)]
   assert lines["dmd", "1", "base"][:4] == ["-", "-", "8.01 (2) 1 diverged", "-, -, 0.50"]
   assert {path.name for path in (tmp_path / "family").glob("family.*")} == {"family.svg", "family.png"}
-  (tmp_path / "other" / "family").mkdir(parents=True)
+  # Seeds that were run elsewhere: the table is the same.
+  own = tmp_path / "family" / "results.csv"
+  with open(own, newline="") as file:
+    heads, *rows = csv.reader(file)
+  for path, seeds in ((tmp_path / "first.csv", "0"), (own, "12")):
+    with open(path, "w", newline="") as file:
+      csv.writer(file).writerows([heads, *(row for row in rows if row[heads.index("seed")] in seeds)])
+  assert "2.01 ± 0.02 (3)" not in study.compare_family(tmp_path)
+  assert study.compare_family(tmp_path, [tmp_path / "first.csv"]) == table
+  for path, message in (("absent.csv", "cannot read the table"), ("family/table.md", "is no table of a sweep")):
+    with pytest.raises(UsageError, match=message):
+      study.compare_family(tmp_path, [tmp_path / path])
+  own.write_text(",".join(heads) + "\na,open," + "," * (len(heads) - 3) + "\n")
   with pytest.raises(UsageError, match="has no results yet"):
-    study.compare_family(tmp_path / "other")
+    study.compare_family(tmp_path)
 
 
 def test_what_was_run_so_far_can_be_gathered(tmp_path, capsys):
