@@ -1,6 +1,6 @@
 """Overheads and speeds, measured in one run: a rollout beside its forward passes, a DDIL step beside the
-base step, ours beside PyTorch's, how fast the demo's networks train and sample, how time and memory grow, and what it
-takes to measure 50,000 images.
+base step, ours beside PyTorch's, how fast the demo's networks train and sample, how time and memory grow, what it
+takes to measure 50,000 images, and, on an accelerator, steps of Stable Diffusion's size.
 
     python -m launch.bench --out=bench/results.json
 
@@ -26,12 +26,14 @@ from ddil_jax.training.logging import versions
 from launch.bench.against_torch import against_torch, perturbed, torch_version
 from launch.bench.evaluation import evaluation
 from launch.bench.growth import growth
+from launch.bench.large import large
 from launch.bench.measure import SMOKE, Size, cores, digits, leave_out, left_out
 from launch.bench.memory import memory
 from launch.bench.speed import gradient_in_scan, inputs, replay, rollouts, sampling, training
 
 
-PARTS = (rollouts, training, replay, inputs, sampling, gradient_in_scan, against_torch, growth, memory, evaluation)
+PARTS = (rollouts, training, replay, inputs, sampling, gradient_in_scan, against_torch, growth, memory, evaluation,
+         large)
 DIGITS = {"s": 1, "MiB": 1, "steps/s": 1, "samples/s": 1, "examples/s": 0, "relative": 7}  # 3 for all other units
 
 
@@ -108,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+  # Of a GPU's memory only what is needed: some parts have a process of their own on the same card.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with tempfile.TemporaryDirectory() as cache:
     compiling.keep_programs(cache)  # several parts run the same program
     sys.exit(main())

@@ -40,6 +40,7 @@ class Size(NamedTuple):
     methods: configs of the demo.
     images, side: how many images are measured, of how many pixels a side.
     large: pixels a side of the larger network's images.
+    batch: of the networks of Stable Diffusion's size.
     smoke: networks as small as can be, on fake data.
   """
   repeats: int = 5
@@ -50,10 +51,12 @@ class Size(NamedTuple):
   images: int = 50_000
   side: int = 32
   large: int = 32
+  batch: int = 16
   smoke: bool = False
 
 
-SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), images=64, side=4, large=8, smoke=True)
+SMOKE = Size(repeats=2, window=6, inner=1, rollouts=(2,), methods=("pd",), images=64, side=4, large=8, batch=4,
+             smoke=True)
 
 
 def digits(name: str, size: Size, *args: str) -> ConfigDict:
@@ -134,12 +137,13 @@ def once(name: str, unit: str, value: float, target: float, **about) -> dict:
   return row(name, unit, [value], target, **about)
 
 
-def in_a_process(module: str, size: Size, flags: str = "") -> list[dict]:
-  """The rows that `python -m module OUT [--smoke]` writes, in a process of its own with further XLA flags."""
+def in_a_process(module: str, size: Size, flags: str = "", arguments: tuple[str, ...] = (), **environment: str):
+  """What `python -m module OUT ARGUMENTS [--smoke]` writes, in a process of its own with further XLA flags."""
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder, "rows.json")
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
-    subprocess.run([sys.executable, "-m", module, str(out), *["--smoke"] * size.smoke], check=True, env=environment)
+    environment |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    subprocess.run([sys.executable, "-m", module, str(out), *arguments, *["--smoke"] * size.smoke], check=True,
+                   env=os.environ | environment)
     return json.loads(out.read_text())
 
 

@@ -5,11 +5,12 @@ import json
 import statistics
 
 import jax
+import numpy as np
 import pytest
 
 from ddil_jax import build
 from launch.bench import __main__ as bench
-from launch.bench import against_torch, growth, measure
+from launch.bench import against_torch, growth, large, measure
 
 
 @pytest.mark.slow
@@ -130,3 +131,56 @@ def test_where_the_time_goes():
 
 def test_exponents():
   assert growth.exponent((1, 2, 4, 8), [3 * n**1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", large.METHODS)
+def test_the_step_of_stable_diffusion_in_pytorch_is_the_same(method, tmp_path):
+  """Losses of four steps on the same draws, on the tiny network; another learning rate shows."""
+  from ddil_jax.interop import diffusers
+  config = large.config_of(method, measure.SMOKE)
+  config.optimizer.update(learning_rate=1e-3, clip=1.0)
+  config.states.refresh_every = 2
+  if method == "dmd2":
+    config.objective.period = 2
+  ours = large.Ours(config)
+  about = diffusers.architecture(config.model.file)[1]
+  folders = {}
+  for name, params in {**ours.state.params, "teacher": ours.frozen["teacher"]}.items():
+    own = {"time_cond_proj_dim": config.model.guidance_embedding} if name == "student" and method == "lcm" else {}
+    folders[name] = str(tmp_path / name)
+    diffusers.export(jax.device_get(params.get("net", params)), about | {"config": about["config"] | own}, folders[name])
+  seen = ours.look(4)
+  for rate, same in ((1e-3, True), (1e-1, False)):
+    config.optimizer.update(learning_rate=rate, critic_learning_rate=rate)
+    theirs, worst = large.Theirs(ours, folders=folders, dtype="float32"), 0.0
+    for batch, found, losses in seen:
+      states = theirs_of(theirs, found)
+      for player, loss in theirs.step(batch, states).items():
+        worst = max(worst, abs(loss - losses[player]) / abs(losses[player]))
+    assert (worst < 1e-4) == same, worst
+  theirs(3)  # by its own draws, with rollouts of its own
+  assert theirs.step._buffers
+
+
+def theirs_of(theirs, found):
+  import torch
+  states = {name: theirs.step.images(np.array(v)) if v.ndim == 4 else torch.from_numpy(np.array(v))
+            for name, v in found.items()}
+  return states | {"k": states["k"].long()}
+
+
+def test_rows_of_stable_diffusions_size():
+  """Utilisation by the operations that were counted; the target stands at the better of PyTorch's two."""
+  size = measure.Size(window=10)
+  found = {"ours": {"seconds": [2.0, 1.0, 2.0], "operations": [989e12] * 3, "bytes": 2**30, "device": "NVIDIA H200"},
+           "eager": {"seconds": [4.0, 4.0, 4.0], "operations": [], "bytes": 2**31, "device": "NVIDIA H200"},
+           "compiled": {"seconds": [3.0, 2.0, 3.0], "operations": [], "bytes": None, "device": "NVIDIA H200"}}
+  rows = {row["name"].partition(": ")[2]: row for row in large.rows_of("lcm", found, size)}
+  assert rows["of the chip's peak rate"]["value"] == 0.5 and rows["of the chip's peak rate"]["met"]
+  assert rows["our steps, times as fast as PyTorch's (eager)"]["target"] is None
+  assert rows["our steps, times as fast as PyTorch's (compiled)"]["value"] == 1.5
+  assert rows["steps of ours"]["value"] == 5 and rows["memory, eager"]["value"] == 2048
+  assert "memory, compiled" not in rows
+  for kind, flops in (("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("cpu", None)):
+    assert (large.chip_of(kind) and large.chip_of(kind).flops) == flops
