@@ -67,12 +67,7 @@ def parser() -> argparse.ArgumentParser:
                      " the same as --config.train.profile_steps")
   train.add_argument("--compile_cache", default="", metavar="DIR|off", help="where compiled programs are kept (default:"
                      " $DDIL_COMPILE_CACHE, or ddil_jax/compiled in the user's cache folder)")
-  several = train.add_argument_group("several processes", "each runs this command, on its own devices")
-  several.add_argument("--cluster", default="auto", metavar="HOW", help="how they find each other: slurm, kubernetes,"
-                       " tpu, none, or auto: what is there (default)")
-  several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-  several.add_argument("--num_processes", type=int, metavar="N", help="of all")
-  several.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
+  _several_processes(train)
   evaluate = command("evaluate", "measure the newest checkpoint of a run again, and rewrite its results.json; or measure"
                      " images in files", workdir=False)
   evaluate.add_argument("--workdir", type=_folder, metavar="DIR", help="the run")
@@ -83,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--shift", action="store_true", help="of a run, measure the covariate shift only: write"
                         " shift.json, and figures in shift/")
   evaluate.add_argument("--out", metavar="FILE.json", help="of --images: where to write the result")
+  _several_processes(evaluate)
   for flag, text in (("metrics", "names, separated by commas"), ("bootstrap", "half-samples for intervals"),
                      ("extractor", "of the features")):
     evaluate.add_argument(f"--{flag}", help=f"{text}; the same as --config.eval.{flag}")
@@ -243,6 +239,8 @@ def _run(args, overrides) -> int:
     overrides |= _shorthands(args)
     if args.images:
       return _evaluate_files(args, overrides)
+    if not args.shift:
+      _join(args)
   if args.command == "train":
     return _train(args, overrides)
   if args.command == "sample" and args.guidance_scale is not None:
@@ -269,8 +267,28 @@ def _run(args, overrides) -> int:
     print(shift_figures.table(trained.evaluate_shift(config, args.workdir)))
   else:
     from ddil_jax.evaluation import report
-    print(report.terminal_table(trained.evaluate(config, args.workdir)))
+    from ddil_jax.training import processes
+    rows = trained.evaluate(config, args.workdir)
+    if processes.is_first():
+      print(report.terminal_table(rows))
   return 0
+
+
+def _several_processes(sub) -> None:
+  several = sub.add_argument_group("several processes", "each runs this command, on its own devices")
+  several.add_argument("--cluster", default="auto", metavar="HOW", help="how they find each other: slurm, kubernetes,"
+                       " tpu, none, or auto: what is there (default)")
+  several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+  several.add_argument("--num_processes", type=int, metavar="N", help="of all")
+  several.add_argument("--process_id", type=int, metavar="I", help="of this one, from 0")
+
+
+def _join(args) -> None:
+  """Connects this process with the others that the arguments, or the place, tell of."""
+  from ddil_jax.training import processes
+  cluster = processes.find(args.cluster, args.coordinator, args.num_processes, args.process_id)
+  if cluster:
+    processes.start(cluster)
 
 
 def _train(args, overrides) -> int:
@@ -282,9 +300,7 @@ def _train(args, overrides) -> int:
     raise UsageError("train needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
   if args.profile_steps:
     overrides["train.profile_steps"] = f"({args.profile_steps},)"
-  cluster = processes.find(args.cluster, args.coordinator, args.num_processes, args.process_id)
-  if cluster:
-    processes.start(cluster)
+  _join(args)
   if args.data_dir:
     overrides["data.data_dir"] = args.data_dir
   try:

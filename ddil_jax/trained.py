@@ -52,7 +52,8 @@ def evaluate(config: ConfigDict, workdir: str | pathlib.Path, say=print) -> list
   workdir = pathlib.Path(workdir)
   built = build_lib.build(config)
   params, meta = params_of(config, built, workdir)
-  say(f"evaluating {workdir} with {config.eval.num_samples} samples")
+  if processes.is_first():
+    say(f"evaluating {workdir} with {config.eval.num_samples} samples")
   return write_results(config, built, params, load_teacher(config, built), workdir, cost_of(meta))
 
 

@@ -89,9 +89,7 @@ def make_runner(mode: str, make_step: Callable[[Layout], Callable], batch_size: 
   if options.fsdp < 1 or options.fsdp > 1 and mode != "mesh" or count % options.fsdp:
     raise UsageError(f"train.fsdp={options.fsdp}: a divisor of the {count} device(s) is needed, and"
                      f" train.parallel=mesh, which is {mode}")
-  if mode != "mesh" and jax.process_count() > 1:
-    raise UsageError(f"train.parallel={mode} runs in one process, and there are {jax.process_count()};"
-                     " set it to mesh")
+  _require_mesh(mode)
   share = batch_size // count
   passes = share // _largest_divisor(share, options.microbatch or share)
   layout = Layout(passes=passes, unroll=devices[0].platform == "cpu")
@@ -101,6 +99,12 @@ def make_runner(mode: str, make_step: Callable[[Layout], Callable], batch_size: 
   if mode == "mesh":
     return _mesh(make_step, devices, layout, options, summary)
   return {"single": _single, "pmap": _pmap}[mode](make_step, devices, layout, summary)
+
+
+def _require_mesh(mode: str) -> None:
+  if mode != "mesh" and jax.process_count() > 1:
+    raise UsageError(f"train.parallel={mode} runs in one process, and there are {jax.process_count()};"
+                     " set it to mesh")
 
 
 def _largest_divisor(number: int, most: int) -> int:
@@ -121,8 +125,10 @@ def spread(mode: str, devices: list | None = None, together: bool = False) -> De
     together: of all processes; each then has to do the same work with the same arrays.
 
   Raises:
-    UsageError: unknown mode.
+    UsageError: unknown mode; together in several processes, whose mode is not mesh.
   """
+  if together:
+    _require_mesh(mode)
   devices = _of_mode(mode, devices, jax.devices if together else jax.local_devices)
   places = _Places(devices, Options())
   return Devices(len(devices), lambda tree: _put(tree, places.split), lambda tree: _put(tree, places.whole), to_host)

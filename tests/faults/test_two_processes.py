@@ -120,9 +120,20 @@ def test_two_processes_are_one(method, options, tmp_path, trained, capfd):  # no
     state, _, step = checkpoints.restore(trained[0], 5)
   assert step == 5
   assert_close(state, trained[0])
-  # Drawn and measured by both together.
-  results = [json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("two", "one")]
-  assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-3, abs=1e-4)
+  # Drawn and measured by both together; again by one, and by two.
+  results = lambda name: json.loads((tmp_path / name / "results.json").read_text())[0]["metrics"]  # noqa: E731
+  assert results("two") == pytest.approx(results("one"), rel=1e-3, abs=1e-4)
+  if method == "lcm":
+    first = results("two")
+    (tmp_path / "two" / "results.json").unlink()
+    again = local.commands(2, local.free_port(), ["evaluate", f"--workdir={tmp_path / 'two'}"])
+    assert local._once(again, local.environment(4), grace=60) == [0, 0]
+    assert results("two") == pytest.approx(first, rel=1e-5, abs=1e-6)
+    said = capfd.readouterr().out
+    assert said.count("evaluating ") == 1
+    single = ["evaluate", f"--workdir={tmp_path / 'two'}", "--config.train.parallel=single"]
+    assert local._once(local.commands(2, local.free_port(), single), local.environment(4), grace=60) == [2, 2]
+    assert "train.parallel=single runs in one process, and there are 2" in capfd.readouterr().err
 
 
 def test_the_launcher_ends_and_starts_again(tmp_path, monkeypatch, capfd):
