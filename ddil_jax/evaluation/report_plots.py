@@ -113,13 +113,16 @@ def _against_fields(table, name):
 
 
 def _differences(table, name):
-  """A panel per group with many settings: paired differences to the baseline, a filled dot after Holm's correction."""
+  """Where a group has many settings, a panel for it and for each with several.
+
+  Paired differences to the baseline; a dot is filled after Holm's correction.
+  """
   chosen = {}
   for g in table["groups"]:
     compared = {label: cell for label, cell in g["cells"].items() if cell.difference}
-    if len(compared) >= _LEAST:
+    if len(compared) > 1:
       chosen[f"{g['objective']}, {g['steps']} steps, guidance scale {g['guidance_scale']:g}"] = compared
-  if not chosen:
+  if max(map(len, chosen.values()), default=0) < _LEAST:
     return []
   rows = [len(cells) for cells in chosen.values()]
   figure = Figure(figsize=(6.4, 0.17 * sum(rows) + 0.75 * len(rows)), layout="constrained")

@@ -74,6 +74,11 @@ def test_differences_of_many_settings_are_filled_where_they_hold():
   assert [cells[label].holm for label in labels] == [True, False, False, False]
   bars = [b.get_segments()[0][:, 0] for b in axis.collections]
   assert len(bars) == 3 and bars[0] == pytest.approx([cells[labels[0]].difference.low, cells[labels[0]].difference.high])
+  # Another method with two compared settings has a panel beside it, with one it has none.
+  other = setting("+ddil", **{"states.every": 1}), setting("+ddil", **{"states.every": 10})
+  for n, panels in ((1, 1), (2, 2)):
+    more = rows(BASE, seeds(4.), "dmd2") + [row for each in other[:n] for row in rows(each, seeds(3.), "dmd2")]
+    assert len(drawn(given + more)["fd_differences"].figure.axes) == panels
 
 
 def test_files_are_whole_and_the_same_again(tmp_path):
