@@ -168,7 +168,7 @@ def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
     failure = files.read_json(folder / FAILED) if state == "failed" else {"error": ""}
     about = {"run": trial.name, "status": state, "error": failure["error"]}
     about |= {f"config.{name}": _cell(configs[trial.name].get(name)) for name in fields}
-    results = files.read_json(folder / "results.json") if state == "done" else _without_results(trial, failure)
+    results = files.read_json(folder / "results.json") if state == "done" else _without_results(configs[trial.name]["seed"], failure)
     for row in results:
       same = {name: row.get(name) for name in (
           "objective", "variant", "steps", "seed", "guidance_scale", "network_evaluations", "seconds", "step_seconds",
@@ -177,12 +177,11 @@ def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def _without_results(trial, failure) -> list[dict[str, Any]]:
+def _without_results(seed, failure) -> list[dict[str, Any]]:
   """What the rows of a trial would have been about: of one that failed when its config was known, each of them."""
-  seed = {"seed": trial.config().seed}
   wanted = attempted(failure["config"]) if "config" in failure else ()
-  return [seed | {"objective": objective, "variant": failure["variant"], "steps": steps, "guidance_scale": scale}
-          for objective, steps, scale in wanted] or [seed]
+  return [{"seed": seed, "objective": objective, "variant": failure["variant"], "steps": steps, "guidance_scale": scale}
+          for objective, steps, scale in wanted] or [{"seed": seed}]
 
 
 def varying_fields(configs: list[dict[str, Any]]) -> list[str]:

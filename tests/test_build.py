@@ -119,6 +119,7 @@ def test_each_player_has_its_learning_rate():
     assert updates["w"].tolist() == [-rate, -rate]
 
 
+@pytest.mark.slow
 def test_devices_agree_on_the_unet():
   """Mesh and pmap on 8 devices give all of one device's state to 1e-6 after 3 steps.
 

@@ -55,9 +55,9 @@ def largest_difference(a, b):
 
 
 BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
-# Of the family, those with something of their own across the batch or the parameters: the others go the same way as
+# Of the family, those with something of their own across the batch or the students: the others go the same way as
 # the base methods. Nearly all time is compiling, so that they run in `make test-all`.
-ACROSS = ("agd", "f_distill", "gdd", "msd", "vsd")
+ACROSS = ("f_distill", "msd")
 MODES = [pytest.param(name, mode, marks=[] if name in BASE or name in ACROSS and mode == "mesh" else [pytest.mark.slow])
          for name in NAMES for mode in ("mesh", "pmap")]
 

@@ -19,6 +19,7 @@ from tests.data.conftest import idx_bytes, write_cifar
 REAL = pathlib.Path(os.environ.get("DDIL_DATA_DIR") or pathlib.Path(__file__).parents[3] / "shared" / "data")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (REAL / "fashion_mnist").is_dir(),
                     reason=f"no {REAL}/fashion_mnist (set DDIL_DATA_DIR)")
 def test_real_fashion_mnist(tmp_path):
