@@ -62,6 +62,7 @@ def measured(**fields) -> dict[str, tuple[str, float]]:
   return {name.partition("@")[0]: (name.partition("@")[2], value) for name, value in row["metrics"].items()}
 
 
+@pytest.mark.slow
 def test_published_weights(shared, small_clip, alex):  # noqa: F811
   """They give the features; whether the class is right is still for the small classifier to say."""
   fields = dict(metrics=("fd", "class_accuracy", "saturation"), extractor=f"clip:{small_clip}",

@@ -51,6 +51,7 @@ def plain_table(workdir) -> list[dict]:
   return [{name: value for name, value in row.items() if name not in ("seconds", "step_seconds")} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues_to_the_same_table(tmp_path, capsys):
   path = write_config(tmp_path, 120, "1e-3,")
   assert sweep.main(["--config", path, "--workdir", str(tmp_path / "whole"), "--workers=2"]) == 0

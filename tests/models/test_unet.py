@@ -165,6 +165,7 @@ def test_guidance_embedding_has_no_effect_at_first():
   assert change[0] == 0 and np.all(change[1:] > 1e-3)
 
 
+@pytest.mark.slow
 def test_adapters_have_no_effect_at_first_and_parameters_of_their_own():
   """The base network to the bit, whatever the scale; later they read scale, time and class of their own example."""
   options = dict(attention_resolutions=(4,))
