@@ -168,7 +168,8 @@ def gather(found: list[Trial], workdir: pathlib.Path) -> list[dict[str, Any]]:
     failure = files.read_json(folder / FAILED) if state == "failed" else {"error": ""}
     about = {"run": trial.name, "status": state, "error": failure["error"]}
     about |= {f"config.{name}": _cell(configs[trial.name].get(name)) for name in fields}
-    results = files.read_json(folder / "results.json") if state == "done" else _without_results(configs[trial.name]["seed"], failure)
+    results = (files.read_json(folder / "results.json") if state == "done"
+               else _without_results(configs[trial.name]["seed"], failure))
     for row in results:
       same = {name: row.get(name) for name in (
           "objective", "variant", "steps", "seed", "guidance_scale", "network_evaluations", "seconds", "step_seconds",

@@ -62,8 +62,18 @@ def compare_family(workdir: pathlib.Path, others: Sequence[str | pathlib.Path] =
 
   Args:
     others: tables of the same sweep whose rows are taken too, of other seeds that were run elsewhere.
+
+  Raises:
+    UsageError: no table, no rows, or a run that two tables have.
   """
-  rows = [row for path in (workdir / FAMILY / "results.csv", *others) for row in report_rows.rows_of_table(path)]
+  rows, origin = [], {}
+  for path in (workdir / FAMILY / "results.csv", *others):
+    found = report_rows.rows_of_table(path)
+    twice = next((row.run for row in found if row.run in origin), None)
+    if twice:
+      raise UsageError(f"the run {twice} is in {origin[twice]} and in {path}; give tables of other seeds")
+    origin |= {row.run: path for row in found}
+    rows += found
   lines = family.lines(rows, config_lib.module(f"configs/study/{FAMILY}.py").FAMILIES)
   if not lines:
     raise UsageError(f"{workdir / FAMILY} has no results yet")

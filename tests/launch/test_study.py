@@ -106,7 +106,8 @@ def test_the_table_of_all_methods(tmp_path, capsys):
       csv.writer(file).writerows([heads, *(row for row in rows if row[heads.index("seed")] in seeds)])
   assert "2.01 ± 0.02 (3)" not in study.compare_family(tmp_path)
   assert study.compare_family(tmp_path, [tmp_path / "first.csv"]) == table
-  for path, message in (("absent.csv", "cannot read the table"), ("family/table.md", "is no table of a sweep")):
+  for path, message in (("absent.csv", "cannot read the table"), ("family/table.md", "is no table of a sweep"),
+                        ("family/results.csv", "the run .* is in .* and in")):
     with pytest.raises(UsageError, match=message):
       study.compare_family(tmp_path, [tmp_path / path])
   own.write_text(",".join(heads) + "\na,open," + "," * (len(heads) - 3) + "\n")
