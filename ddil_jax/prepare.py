@@ -5,54 +5,27 @@ be made in any order, by any process, and again, with the same bytes.
 """
 
 import hashlib
-import io
 import json
 import pathlib
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ddil_jax import files
-from ddil_jax.data import captioned, folder, prepared
-from ddil_jax.data.dataset import fit, to_unit
+from ddil_jax.data import captioned, prepared
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.interop import diffusers, text, weights
 from ddil_jax.models.autoencoder_kl import AutoencoderKL
+from ddil_jax.prepare_shards import (DTYPES, Encoder, Found, Options, duration, finished, inputs_of, join_moments,
+                                     records_of, span_of, write_shards)
 from ddil_jax.registry import unknown
 
 SETTINGS = "settings.json"
-DTYPES = ("float32", "float16")
-_HALVED = ("latents", "text", "text_pooled")  # sizes above 2048 are no float16
-_BATCH_PIXELS, _MOST_BATCH = 2**21, 64  # 8 images of 512 x 512
-_SAY_EVERY = 10.0  # seconds
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
-
-
-class Options(NamedTuple):
-  """What is made.
-
-  Attributes:
-    vae: file of `ddil convert --component=vae`; "" keeps the pixels.
-    text_encoder, text_encoder_2: files of `ddil convert`; "" is none. The second one is SDXL's.
-    tokenizer: folder of the tokenizer, or of the pipeline.
-    image_size: pixels of each side; 0 takes what the autoencoder was made for.
-    shard_size: examples of a shard.
-    keep_images: store the pixels next to the latents.
-    dtype: of stored latents and text, one of DTYPES; they are computed, and read again, as float32.
-  """
-  vae: str = ""
-  text_encoder: str = ""
-  text_encoder_2: str = ""
-  tokenizer: str = ""
-  image_size: int = 0
-  shard_size: int = 1000
-  keep_images: bool = False
-  dtype: str = "float32"
 
 
 def prepare(source: str, out: str, options: Options = Options(), process: tuple[int, int] = (0, 1),
@@ -82,13 +55,13 @@ def prepare(source: str, out: str, options: Options = Options(), process: tuple[
   _require_same(out, settings)
   if not opened.identities:
     raise _nothing(source, opened.skipped)
-  shards = [_inputs(opened, settings, i) for i in range(-(-len(opened.identities) // options.shard_size))]
-  todo = [i for i in range(process[0], len(shards), process[1]) if _finished(out, i, shards[i]) is None]
+  shards = [inputs_of(opened, settings, i) for i in range(-(-len(opened.identities) // options.shard_size))]
+  todo = [i for i in range(process[0], len(shards), process[1]) if finished(out, i, shards[i]) is None]
   say(f"{opened.kind} {source}: {len(opened.identities):,} examples in {len(shards):,} shards, {len(todo):,} of them"
       f" to be made here; {len(opened.skipped):,} files are none")
   encoder = None
   if todo or not all((out / name).is_file() for name in _companions(settings)):
-    encoder = _Encoder(options, settings["image_size"], opened.has_images)
+    encoder = Encoder(options, settings["image_size"], opened.has_images)
   if todo:
     _say_estimate(_measure(encoder, opened, settings, todo), out, opened, settings, todo, say)
   if dry_run:
@@ -97,8 +70,8 @@ def prepare(source: str, out: str, options: Options = Options(), process: tuple[
     (out / prepared.INDEX).unlink(missing_ok=True)  # it would speak of what changes
     files.write_json(out / SETTINGS, settings)
     _write_companions(out, encoder, options, settings)
-    _write_shards(out, encoder, opened, settings, shards, todo, say)
-  done = [_finished(out, i, inputs) for i, inputs in enumerate(shards)]
+    write_shards(out, encoder, opened, settings, shards, todo, say)
+  done = [finished(out, i, inputs) for i, inputs in enumerate(shards)]
   if missing := done.count(None):
     say(f"{missing:,} of {len(shards):,} shards are left to other processes; the last one writes {prepared.INDEX}")
     return None
@@ -183,226 +156,6 @@ def _nothing(source, skipped) -> UsageError:
   return UsageError(f"{source} has no example that can be used{first}")
 
 
-# Shards -------------------------------------------------------------------------------------
-
-
-def _span(source: captioned.Source, settings: dict, number: int) -> range:
-  size = settings["shard_size"]
-  return range(number * size, min((number + 1) * size, len(source.identities)))
-
-
-def _inputs(source: captioned.Source, settings: dict, number: int) -> str:
-  """A hash of all that a shard is made from."""
-  h = hashlib.sha256(json.dumps([prepared.FORMAT, settings], sort_keys=True).encode())
-  for i in _span(source, settings, number):
-    h.update(source.identities[i].encode("utf-8", "replace") + b"\0\0")
-  return h.hexdigest()
-
-
-def _sidecar(out: pathlib.Path, number: int) -> pathlib.Path:
-  return (out / prepared.shard_name(number)).with_suffix(".json")
-
-
-def _finished(out: pathlib.Path, number: int, inputs: str) -> dict | None:
-  """What is written of a shard, if it is whole and made from these inputs."""
-  path = _sidecar(out, number)
-  if not path.is_file():
-    return None
-  try:
-    about = files.read_json(path)
-    shard, inputs_then = prepared.Shard(**about["shard"]), about["inputs"]
-  except (UsageError, KeyError, TypeError):
-    return None  # damaged: it is made anew
-  file = out / prepared.shard_name(number)
-  whole = not shard.count or file.is_file() and file.stat().st_size == shard.bytes
-  return about if whole and inputs_then == inputs else None
-
-
-def _write_shards(out, encoder, source, settings, shards, todo, say) -> None:
-  total, done, start = sum(len(_span(source, settings, i)) for i in todo), 0, time.perf_counter()
-  said = start
-
-  def progress(nth, looked_at):
-    rate = looked_at / (time.perf_counter() - start)
-    say(f"shard {nth:,} of {len(todo):,}: {looked_at:,} of {total:,} examples, {rate:.1f}/s,"
-        f" {_duration((total - looked_at) / rate)} left")
-
-  for nth, number in enumerate(todo, 1):
-    found = _Found()
-    path, span = out / prepared.shard_name(number), _span(source, settings, number)
-    _sidecar(out, number).unlink(missing_ok=True)  # it is of another shard
-    with prepared.new_shard(path) as write:
-      for seen, records in _records(encoder, source, span, found):
-        for record in records:
-          write(record)
-        if time.perf_counter() - said > _SAY_EVERY:
-          progress(nth, done + seen)
-          said = time.perf_counter()
-    done += len(span)
-    files.write_json(_sidecar(out, number), found.about(path, shards[number]))
-  if todo:
-    progress(len(todo), done)
-
-
-def _records(encoder: "_Encoder", source: captioned.Source, span: range,
-             found: "_Found") -> Iterator[tuple[int, list[bytes]]]:
-  """(examples looked at so far, records of the next batch) of a shard, in batches of one size."""
-  batch, last = [], None
-  for seen, i in enumerate(span, 1):
-    image = found.read(source, i, encoder.image_size)
-    batch += [image] if image else []
-    if batch and (len(batch) == encoder.batch or seen == len(span)):
-      started = seen, batch, encoder.start(batch)
-      if last:  # the device works on a batch while the next one is read
-        yield last[0], found.add(last[1], last[2]())
-      batch, last = [], started
-  if last:
-    yield last[0], found.add(last[1], last[2]())
-
-
-class _Image(NamedTuple):
-  """An example of the source, decoded."""
-  key: str
-  caption: str
-  split: str
-  pixels: np.ndarray | None  # uint8 [S,S,3]
-  time_ids: np.ndarray  # float32 [6]: size as in the file, top and left of the crop, size of the result
-
-
-class _Found:
-  """What is known of a shard when it is written."""
-
-  def __init__(self):
-    self.count, self.truncated, self.test, self.skipped = 0, 0, [], []
-    self.fields: dict[str, Any] = {}
-    self.moments: np.ndarray | None = None  # [5, c]: number, sum, sum of squares, lowest, highest of the latents
-
-  def read(self, source: captioned.Source, i: int, size: int) -> _Image | None:
-    """An example; None if it cannot be used, which is noted."""
-    key = source.identities[i].partition("\0")[0]
-    try:
-      example = source.read(i)
-      key, caption = example.key, example.caption.encode("utf-8", "replace").decode()  # JSON can hold half characters
-      if not caption.strip():
-        raise ValueError("no caption")
-      if example.image is None:
-        return _Image(key, caption, example.split, None, np.array([size, size, 0, 0, size, size], np.float32))
-      image = folder.open_image(io.BytesIO(example.image), 3)
-      (w, h), short = image.size, min(image.size)
-      top, left = ((side * size / short - size) // 2 for side in (h, w))
-      return _Image(key, caption, example.split, np.asarray(fit(image, size)),
-                    np.array([h, w, top, left, size, size], np.float32))
-    except OSError as e:
-      if e.errno is not None and not isinstance(e, FileNotFoundError | PermissionError):
-        raise RunError(f"{source.name}: {key} cannot be read: {e}; run the same command again") from e
-      self.skipped.append((key, folder.reason(e)))
-    except Exception as e:  # decoders raise all sorts of things on damaged files
-      self.skipped.append((key, folder.reason(e)))
-    return None
-
-  def add(self, batch: list[_Image], encoded: tuple[dict[str, np.ndarray], np.ndarray]) -> list[bytes]:
-    """The records of a batch."""
-    arrays, cut = encoded
-    records = []
-    for i, image in enumerate(batch):
-      row = {name: x[i] for name, x in arrays.items()}
-      if bad := [name for name, x in row.items() if not np.isfinite(x).all()]:
-        self.skipped.append((image.key, f"its {bad[0]} are not finite as {row[bad[0]].dtype}"))
-        continue
-      if image.split == "test" or not image.split and prepared.is_test(image.key):
-        self.test.append(self.count)
-      self.count += 1
-      self.truncated += int(cut[i])
-      if "latents" in row:
-        self._measure(row["latents"])
-      self.fields = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in row.items()}
-      records.append(prepared.encode(image.key, image.caption, row))
-    return records
-
-  def _measure(self, latents: np.ndarray) -> None:
-    x = latents.reshape(-1, latents.shape[-1]).astype(np.float64)
-    here = np.stack([np.full(x.shape[1], len(x)), x.sum(0), (x**2).sum(0), x.min(0), x.max(0)])
-    self.moments = here if self.moments is None else join_moments([self.moments, here])
-
-  def about(self, path: pathlib.Path, inputs: str) -> dict:
-    """What stands next to the shard."""
-    if not self.count:
-      path.unlink()
-    shard = prepared.Shard(path.name if self.count else "", self.count, path.stat().st_size if self.count else 0,
-                           weights.sha256(path) if self.count else "", tuple(self.test))
-    return {"inputs": inputs, "shard": shard._asdict(), "fields": self.fields, "skipped": self.skipped,
-            "truncated": self.truncated, "moments": None if self.moments is None else self.moments.tolist()}
-
-
-def join_moments(moments: list[np.ndarray]) -> np.ndarray:
-  """[5, c]: number, sum, sum of squares, lowest and highest of all together."""
-  x = np.stack(moments)
-  return np.stack([*x[:, :3].sum(0), x[:, 3].min(0), x[:, 4].max(0)])
-
-
-# Networks -----------------------------------------------------------------------------------
-
-
-class _Encoder:
-  """Batches of decoded examples -> their arrays.
-
-  Latents are drawn from the autoencoder's posterior, as Stable Diffusion and LCM are trained, not its mean; once and
-  for all, by a seed that is the example's key.
-  """
-
-  def __init__(self, options: Options, image_size: int, has_images: bool):
-    self.image_size, self._has_images, self._keep = image_size, has_images, options.keep_images
-    self._dtype = np.dtype(options.dtype)
-    self.batch = max(1, min(_MOST_BATCH, _BATCH_PIXELS // image_size**2 if has_images and options.vae else _MOST_BATCH))
-    encoders = [file for file in (options.text_encoder, options.text_encoder_2) if file]
-    self._prompts = text.Prompts(encoders, options.tokenizer) if encoders else None
-    self._sdxl = len(encoders) == 2
-    self._encode = None
-    if options.vae and has_images:
-      vae = diffusers.load(options.vae)
-      params = jax.device_put(vae.params)
-      encode = jax.jit(lambda params, images: vae.module.apply({"params": params}, images, method="encode"))
-      self._encode = lambda pixels: encode(params, to_unit(pixels, (0, 255)))
-
-  def start(self, batch: list[_Image]) -> Callable[[], tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Starts to encode n <= `batch` examples.
-
-    Returns:
-      A function that waits for the result: ({field: [n, ...]}, which prompts were cut: bool [n]).
-    """
-    n, full = len(batch), batch + batch[-1:] * (self.batch - len(batch))  # one size: one program
-    pixels = np.stack([image.pixels for image in full]) if self._has_images else None
-    encoded = self._prompts([image.caption for image in full]) if self._prompts else None
-    posterior = self._encode(pixels) if self._encode else None
-
-    def finish():
-      arrays: dict[str, Any] = {}
-      if encoded:
-        arrays |= jax.device_get(encoded.cond) | {"tokens": encoded.tokens}
-        if self._sdxl:
-          arrays["time_ids"] = np.stack([image.time_ids for image in full])
-      if posterior:
-        mean, std = jax.device_get(posterior)
-        arrays["latents"] = mean + std * np.stack([posterior_noise(image.key, mean.shape[1:]) for image in full])
-      with np.errstate(over="ignore"):  # what is too large for it is skipped, and counted
-        arrays |= {name: arrays[name].astype(self._dtype) for name in _HALVED if name in arrays}
-      if pixels is not None and (self._keep or not posterior):
-        arrays["pixels"] = pixels
-      return {name: x[:n] for name, x in arrays.items()}, encoded.cut[:n] if encoded else np.zeros(n, bool)
-
-    return finish
-
-  def null(self) -> dict[str, np.ndarray]:
-    """The condition of no prompt, without the batch axis; sizes and crops are no prompt. {} without text encoders."""
-    return self._prompts.null(self.batch) if self._prompts else {}
-
-
-def posterior_noise(key: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The standard normal with which an example's latents are drawn from the autoencoder's posterior; float32."""
-  seed = int.from_bytes(hashlib.sha256(key.encode("utf-8", "replace")).digest()[:16], "big")
-  return np.random.Generator(np.random.Philox(key=seed)).standard_normal(shape, np.float32)
-
-
 # Estimate -----------------------------------------------------------------------------------
 
 
@@ -411,13 +164,13 @@ class _Estimate(NamedTuple):
   seconds: float
 
 
-def _measure(encoder: _Encoder, source, settings, todo) -> _Estimate:
+def _measure(encoder: Encoder, source, settings, todo) -> _Estimate:
   """What an example takes: the first batch, after one that compiles."""
   for number in todo:
-    seconds, sizes, span = 0.0, [], _span(source, settings, number)[:encoder.batch]
+    seconds, sizes, span = 0.0, [], span_of(source, settings, number)[:encoder.batch]
     for _ in range(2):
       start = time.perf_counter()
-      sizes = [len(record) for _, records in _records(encoder, source, span, _Found()) for record in records]
+      sizes = [len(record) for _, records in records_of(encoder, source, span, Found()) for record in records]
       seconds = time.perf_counter() - start
     if sizes:
       return _Estimate(sum(sizes) / len(sizes), seconds / len(span))
@@ -425,10 +178,10 @@ def _measure(encoder: _Encoder, source, settings, todo) -> _Estimate:
 
 
 def _say_estimate(estimate, out, source, settings, todo, say) -> None:
-  here = sum(len(_span(source, settings, i)) for i in todo)
+  here = sum(len(span_of(source, settings, i)) for i in todo)
   need = here * estimate.bytes
   say(f"about {_size(len(source.identities) * estimate.bytes)} in all; here {here:,} examples, {_size(need)},"
-      f" {_duration(here * estimate.seconds)}; an example takes {_size(estimate.bytes)} and {estimate.seconds:.3g} s")
+      f" {duration(here * estimate.seconds)}; an example takes {_size(estimate.bytes)} and {estimate.seconds:.3g} s")
   there = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
   if need > (free := shutil.disk_usage(there).free):
     raise RunError(f"{out}: {_size(need)} are needed, {_size(free)} are free; free space, or give another --out")
@@ -444,11 +197,6 @@ def _size(count: float) -> str:
   return f"{count:.3g} {unit}" if count < 100 else f"{count:.0f} {unit}"
 
 
-def _duration(seconds: float) -> str:
-  minutes = seconds / 60
-  return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
 # What belongs to all shards -----------------------------------------------------------------
 
 
@@ -457,7 +205,7 @@ def _companions(settings: dict) -> list[str]:
   return [prepared.NULL] * ("text_encoder" in settings["files"]) + [prepared.DECODER] * ("vae" in settings["files"])
 
 
-def _write_companions(out: pathlib.Path, encoder: "_Encoder", options: Options, settings: dict) -> None:
+def _write_companions(out: pathlib.Path, encoder: Encoder, options: Options, settings: dict) -> None:
   if null := encoder.null():
     files.save_arrays(out / prepared.NULL, null, {"kind": "null condition", "files": settings["files"]})
   if options.vae and not (out / prepared.DECODER).is_file():  # latents are worth nothing without it

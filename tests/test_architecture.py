@@ -21,8 +21,8 @@ ALLOWED = {  # folder -> what it may import of the package, besides BASE and its
     "interop": {"diffusion", "models"},
 }
 COMPOSE = {"config.py", "config_checks.py", "sweep.py", "build.py", "samplers.py", "measure.py", "measure_files.py",
-           "plan.py", "prepare.py", "prompting.py", "shift.py", "trained.py", "runs.py", "serve.py", "main.py",
-           "__main__.py"}
+           "plan.py", "prepare.py", "prepare_shards.py", "prompting.py", "shift.py", "trained.py", "runs.py", "serve.py",
+           "main.py", "__main__.py"}
 
 
 def imported(path: pathlib.Path) -> set[str]:

@@ -21,7 +21,7 @@ import safetensors.numpy
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ddil_jax import prepare
+from ddil_jax import prepare, prepare_shards
 from ddil_jax.data import captioned, pipeline, prepared
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.evaluation import image_sets
@@ -385,7 +385,7 @@ def test_a_shard_and_what_is_said_of_it_belong_together(many, tmp_path, monkeypa
   image, stat = (source / "010.png").read_bytes(), (source / "010.png").stat()
   (source / "010.png").write_bytes(making.png(making.pixels(99)))
   with monkeypatch.context() as patch:
-    patch.setattr(prepare._Found, "about", lambda *_: sys.exit(9))
+    patch.setattr(prepare_shards.Found, "about", lambda *_: sys.exit(9))
     with pytest.raises(SystemExit):
       run(source, out, "--shard_size=7")
   name = prepared.shard_name(1)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ddil_jax import prepare
+from ddil_jax import prepare, prepare_shards
 from ddil_jax.data import pipeline, prepared
 from ddil_jax.errors import UsageError
 from ddil_jax.main import main
@@ -97,7 +97,8 @@ def test_stable_diffusion(theirs, source, pipeline_folder, tmp_path, capsys):
       with torch.no_grad():
         posterior = vae.encode(torch.from_numpy(row["pixels"].transpose(2, 0, 1)[None].copy())).latent_dist
       mean, std = (x.numpy()[0].transpose(1, 2, 0) for x in (posterior.mean, posterior.std))
-      close(row["image"], (mean + std * prepare.posterior_noise(file, mean.shape)) * making.VAE["scaling_factor"])
+      drawn = mean + std * prepare_shards.posterior_noise(file, mean.shape)
+      close(row["image"], drawn * making.VAE["scaling_factor"])
   close(data.null["text"], states(theirs, 0, [""]).last_hidden_state.numpy()[0])
   assert data.pixels.shape[1:] == (making.SIZE, making.SIZE, 3)
   assert data.decoder == str(tmp_path / "out/vae.safetensors")
@@ -166,8 +167,8 @@ def test_statistics_and_lazy_rows(theirs, source, pipeline_folder, tmp_path, mon
   assert index.latents["scaling_factor"] == making.VAE["scaling_factor"]
   data = pipeline.load("prepared", path=tmp_path / "full")
 
-  names, noise = [f"{i:03d}.png" for i in range(COUNT)], prepare.posterior_noise
-  monkeypatch.setattr(prepare, "posterior_noise", lambda key, shape: noise(key, shape) * 1e7**(key == "003.png"))
+  names, noise = [f"{i:03d}.png" for i in range(COUNT)], prepare_shards.posterior_noise
+  monkeypatch.setattr(prepare_shards, "posterior_noise", lambda key, shape: noise(key, shape) * 1e7**(key == "003.png"))
   half_index = prepare.prepare(str(source), str(tmp_path / "half"), options._replace(dtype="float16"))
   half = pipeline.load("prepared", path=tmp_path / "half")
   assert half_index.skipped == {"its latents are not finite as float16": 1}
