@@ -229,10 +229,9 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
     UsageError: a network that does not fit the data, the prediction or the guidance.
   """
   path = config.model.file
-  for field, default in (("remat", "none"), ("end_time_embedding", 0)):
-    if config.model.get(field, default) != default:
-      raise UsageError(f"config.model.{field}={config.model[field]}: a network of config.model.file has none; leave it"
-                       f" at {default}")
+  if width := config.model.get("end_time_embedding", 0):
+    raise UsageError(f"config.model.end_time_embedding={width}: a network of"
+                     " config.model.file has none; leave it at 0")
   module, _ = diffusers.architecture(path)
   if not isinstance(module, DiffusersUNet):
     raise UsageError(f"config.model.file={path} is no UNet")
@@ -251,7 +250,8 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
   if module.num_classes not in (0, num_classes + 1) and (guided or module.num_classes != num_classes):
     raise UsageError(f"config.model.file={path} has {module.num_classes} classes; the data has {num_classes}, and"
                      f" {num_classes + 1} are needed with the null class of guidance")
-  style = dataclasses.replace(module.style, dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout)
+  style = dataclasses.replace(module.style, dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout,
+                              remat=config.model.remat)
   teacher = module.clone(style=style)
   student = teacher.clone(guidance_embedding=config.model.guidance_embedding or module.guidance_embedding)
   return _with_shape(student, image_shape, example), _with_shape(teacher, image_shape, example)

@@ -13,7 +13,7 @@ from ddil_jax.data.dataset import Dataset
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import results
 from ddil_jax.interop import diffusers, extractors
-from ddil_jax.models.unet import REMAT
+from ddil_jax.models.layers import REMAT
 from ddil_jax.training import compiling
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ddil_jax.keys import named
-from ddil_jax.models.layers import attention, dropout
+from ddil_jax.models.layers import attention, dropout, rematerialised
 from ddil_jax.types import Array
 
 
@@ -26,6 +26,7 @@ class Style:
     linear_projection: transformers project pixels with dense layers instead of 1x1 convolutions.
     pad: 1, or 0 for a stride-2 convolution that is padded at the lower right only.
     dtype: compute dtype.
+    remat: an entry of `layers.REMAT`: what residual and transformer blocks keep for their gradients.
   """
   groups: int = 32
   eps: float = 1e-5
@@ -34,6 +35,7 @@ class Style:
   linear_projection: bool = False
   pad: int = 1
   dtype: Any = jnp.float32
+  remat: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +83,23 @@ class ResnetBlock(nn.Module):
 
   Attributes:
     resample: "down" halves the map (mean), "up" doubles it (nearest), between the first SiLU and convolution.
+    size: (H', W') to which a doubled map is cropped; None leaves it.
   """
   channels: int
   style: Style
   resample: str = ""
   divide: float = 1.0
+  size: tuple[int, int] | None = None
 
   @nn.compact
-  def __call__(self, x: Array, embedding: Array | None, keys: Array | None = None,
-               size: tuple[int, int] | None = None) -> Array:
+  def __call__(self, x: Array, embedding: Array | None, keys: Array | None = None) -> Array:
     style = self.style
     conv = lambda name: nn.Conv(self.channels, (3, 3), dtype=style.dtype, name=name)  # noqa: E731
     h = nn.silu(group_norm(style, "norm1")(x))
     if self.resample == "down":
       x, h = (nn.avg_pool(v, (2, 2), (2, 2)) for v in (x, h))
     elif self.resample == "up":
-      x, h = (doubled(v, size) for v in (x, h))
+      x, h = (doubled(v, self.size) for v in (x, h))
     h = conv("conv1")(h)
     norm = group_norm(style, "norm2")
     if embedding is None:
@@ -211,8 +214,9 @@ class Transformer(nn.Module):
       return nn.Conv(x.shape[-1], (1, 1), dtype=style.dtype, name=name)(h)
 
     h = project("proj_in", h).reshape(len(x), -1, x.shape[-1])
+    block = rematerialised(TransformerBlock, style.remat)
     for i in range(self.depth):
-      h = TransformerBlock(self.heads, style.dtype, name=f"transformer_blocks_{i}")(h, text)
+      h = block(self.heads, style.dtype, name=f"transformer_blocks_{i}")(h, text)
     return x + project("proj_out", h.reshape(x.shape))
 
 
@@ -240,7 +244,9 @@ def _attention(level: Level | Middle, depth: int, style: Style, name: str, x: Ar
   """The attention of a level after one of its residual blocks."""
   if level.attention == "cross":
     return Transformer(depth, level.heads, style, name=name)(x, text)
-  return PixelAttention(level.heads, style, name=name, **options)(x) if level.attention == "self" else x
+  if level.attention == "self":
+    return rematerialised(PixelAttention, style.remat)(level.heads, style, name=name, **options)(x)
+  return x
 
 
 class Down(nn.Module):
@@ -250,16 +256,16 @@ class Down(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, embedding: Array | None, text: Array | None = None, keys: Array | None = None):
-    level, found = self.level, []
+    level, found, resnet = self.level, [], rematerialised(ResnetBlock, self.style.remat)
     for i, depth in enumerate(level.depths):
-      x = ResnetBlock(level.channels, self.style, name=f"resnets_{i}")(x, embedding, keys)
+      x = resnet(level.channels, self.style, name=f"resnets_{i}")(x, embedding, keys)
       x = _attention(level, depth, self.style, f"attentions_{i}", x, text)
       found.append(x)
     last = x
     if level.resample == "conv":
       x = Downsample(self.style, name="downsamplers_0")(x)
     elif level.resample == "resnet":
-      x = ResnetBlock(level.channels, self.style, "down", name="downsamplers_0")(x, embedding, keys)
+      x = resnet(level.channels, self.style, "down", name="downsamplers_0")(x, embedding, keys)
     return x, found + [x] * bool(level.resample), last
 
 
@@ -270,11 +276,11 @@ class Mid(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, embedding: Array | None, text: Array | None = None, keys: Array | None = None) -> Array:
-    m, channels = self.middle, x.shape[-1]
-    x = ResnetBlock(channels, self.style, divide=m.divide, name="resnets_0")(x, embedding, keys)
+    m, channels, resnet = self.middle, x.shape[-1], rematerialised(ResnetBlock, self.style.remat)
+    x = resnet(channels, self.style, divide=m.divide, name="resnets_0")(x, embedding, keys)
     for i in range(m.layers):
       x = _attention(m, m.depth, self.style, f"attentions_{i}", x, text, divide=m.divide, norm=m.norm)
-      x = ResnetBlock(channels, self.style, divide=m.divide, name=f"resnets_{i + 1}")(x, embedding, keys)
+      x = resnet(channels, self.style, divide=m.divide, name=f"resnets_{i + 1}")(x, embedding, keys)
     return x
 
 
@@ -286,15 +292,15 @@ class Up(nn.Module):
   @nn.compact
   def __call__(self, x: Array, skips: list[Array] | None, embedding: Array | None, text: Array | None = None,
                keys: Array | None = None) -> Array:
-    level = self.level
+    level, resnet = self.level, rematerialised(ResnetBlock, self.style.remat)
     for i, depth in enumerate(level.depths):
       if skips is not None:
         x = jnp.concatenate([x, skips.pop()], axis=-1)
-      x = ResnetBlock(level.channels, self.style, name=f"resnets_{i}")(x, embedding, keys)
+      x = resnet(level.channels, self.style, name=f"resnets_{i}")(x, embedding, keys)
       x = _attention(level, depth, self.style, f"attentions_{i}", x, text)
     size = skips[-1].shape[1:3] if skips else None
     if level.resample == "conv":
       x = Upsample(self.style, name="upsamplers_0")(x, size)
     elif level.resample == "resnet":
-      x = ResnetBlock(level.channels, self.style, "up", name="upsamplers_0")(x, embedding, keys, size)
+      x = resnet(level.channels, self.style, "up", size=size, name="upsamplers_0")(x, embedding, keys)
     return x

@@ -9,6 +9,16 @@ import numpy as np
 
 from ddil_jax.types import Array
 
+# What of a block is kept for its gradient: everything, the results of convolutions and matrix products, or only the
+# block's inputs. The rest is computed again.
+REMAT = {"none": None, "dots": jax.checkpoint_policies.checkpoint_dots,
+         "blocks": jax.checkpoint_policies.nothing_saveable}
+
+
+def rematerialised(block: type[nn.Module], remat: str) -> type[nn.Module]:
+  """The class of a block whose gradient keeps what REMAT[remat] says. Its parameters and results are the same."""
+  return nn.remat(block, policy=REMAT[remat]) if REMAT[remat] else block
+
 
 def sinusoidal_embedding(values: Array, dim: int, scale: float = 1.0) -> Array:
   """Sinusoidal embedding, sines first, then cosines.

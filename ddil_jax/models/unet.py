@@ -15,14 +15,10 @@ from ddil_jax.errors import UsageError
 from ddil_jax.keys import named
 from ddil_jax.models.adapters import Adapter
 from ddil_jax.models.base import require_features
-from ddil_jax.models.layers import GroupNorm, dropout, guidance_embedding, sinusoidal_embedding
+from ddil_jax.models.layers import GroupNorm, dropout, guidance_embedding, rematerialised, sinusoidal_embedding
 from ddil_jax.types import Array, Cond
 
 _ZEROS = nn.initializers.zeros_init()
-# What of a block is kept for its gradient: everything, the results of convolutions and matrix products, or only the
-# block's inputs. The rest is computed again.
-REMAT = {"none": None, "dots": jax.checkpoint_policies.checkpoint_dots,
-         "blocks": jax.checkpoint_policies.nothing_saveable}
 
 
 class ResBlock(nn.Module):
@@ -77,7 +73,7 @@ class UNet(nn.Module):
       starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
     end_time_embedding: width of the embedding of cond["end_time"] (missing: t itself); likewise.
     dtype: compute dtype; parameters and output are float32.
-    remat: an entry of REMAT: what is kept for the gradient, and what computed anew to save memory.
+    remat: an entry of `layers.REMAT`: what is kept for the gradient, and what computed anew to save memory.
     adapter: hidden width of an adapter after each residual block and its attention, which reads the guidance
       scale, the time and the class (`models/adapters.py`); 0 is none. All of their parameters are below names
       of their own, "<block>_adapter"; they start as no change.
@@ -133,8 +129,7 @@ class UNet(nn.Module):
     last, per_level, found = len(self.channel_mult) - 1, self.num_res_blocks, {}
     # Skips are numbered from the first block; without a deep feature to take, the last of them is computed too.
     depth = next((m for m in range((last + 1) * per_level) if f"deep{m}" in reuse), (last + 1) * per_level - 1)
-    kept = lambda part: nn.remat(part, policy=REMAT[self.remat]) if REMAT[self.remat] else part  # noqa: E731
-    res_block, attention = kept(ResBlock), kept(Attention)
+    res_block, attention = (rematerialised(part, self.remat) for part in (ResBlock, Attention))
 
     def block(h, level, name):
       width = self.channels * self.channel_mult[level]

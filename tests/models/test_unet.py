@@ -1,5 +1,6 @@
 """The UNet: shapes, conditioning, dropout, features, and that it is traced once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 
 from ddil_jax.errors import UsageError
+from ddil_jax.interop import diffusers
 from ddil_jax.models.adapters import learns
 from ddil_jax.models.base import as_net_fn, by_path, count_params, init_from
-from ddil_jax.models.unet import REMAT, UNet, upsample
+from ddil_jax.models.layers import REMAT
+from ddil_jax.models.unet import UNet, upsample
 
 SMALL = dict(out_channels=1, channels=8, channel_mult=(1, 2), num_classes=10)
 
@@ -232,12 +235,20 @@ def test_mistakes_are_named(demo):
     make(attention_resolutions=(4,), num_heads=3)
 
 
-def test_rematerialisation_keeps_less_and_gives_the_same():
+def published(remat):
+  module, _ = diffusers.architecture("configs/unets/tiny.json")
+  return module.clone(style=dataclasses.replace(module.style, remat=remat))
+
+
+@pytest.mark.parametrize("module, channels, cond", [
+    (lambda remat: UNet(out_channels=1, attention_resolutions=(8,), channel_mult=(1,), remat=remat), 1, {}),
+    (published, 4, {"text": jnp.ones((4, 5, 16))})], ids=["own", "diffusers"])
+def test_rematerialisation_keeps_less_and_gives_the_same(module, channels, cond):
   """Each policy keeps less for the gradient than the one before it, of the same parameters."""
-  inputs, kept, gradients = batch(), {}, {}
+  inputs, kept, gradients = (*batch(shape=(8, 8, channels))[:2], cond), {}, {}
   for name in REMAT:
-    net = as_net_fn(UNet(out_channels=1, attention_resolutions=(8,), channel_mult=(1,), remat=name))
-    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (8, 8, 1)))  # noqa: B023
+    net = as_net_fn(module(name))
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), (8, 8, channels), cond))  # noqa: B023
     params = noisy(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes))
     loss = lambda p: (net.apply(p, *inputs) ** 2).sum()  # noqa: B023, E731
     pull_back = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], params)  # noqa: B023

@@ -68,8 +68,8 @@ def test_from_folder_to_folder(run, tmp_path, refuse):  # noqa: F811
 
 def test_options_of_our_own_network(run, refuse, tmp_path):  # noqa: F811
   line = refuse("train", "--config=configs/digits_pd.py:smoke", f"--workdir={tmp_path / 'run'}",
-                f"--config.model.file={run[2]}", "--config.model.remat=blocks", *OPTIONS)
-  assert "config.model.remat=blocks: a network of config.model.file has none; leave it at none" in line
+                f"--config.model.file={run[2]}", "--config.model.end_time_embedding=8", *OPTIONS)
+  assert "config.model.end_time_embedding=8: a network of config.model.file has none; leave it at 0" in line
 
 
 @pytest.mark.parametrize("change, said", [
