@@ -66,6 +66,8 @@ class Program(NamedTuple):
     collectives: {kind: bytes that a chip sends} of one step.
     ideal: the least bytes that a chip has to send, see `training/collectives.py::ideal_bytes`.
     seconds: of compiling.
+    refused: what the compiler said where it gave up for want of memory; `flops`, `moved` and `collectives` are not
+      known then, and `temporary` is what it said, or 0.
   """
   due: tuple[str, ...]
   temporary: int
@@ -75,6 +77,7 @@ class Program(NamedTuple):
   collectives: dict[str, float]
   ideal: float
   seconds: float
+  refused: str = ""
 
 
 class Plan(NamedTuple):
@@ -103,7 +106,12 @@ class Plan(NamedTuple):
 
   @property
   def fits(self) -> bool | None:
-    return None if self.chip is None else self.peak <= _FULL * self.chip.memory
+    return None if self.chip is None else self.compiled and self.peak <= _FULL * self.chip.memory
+
+  @property
+  def compiled(self) -> bool:
+    """Whether there is a program for every step, so that operations and collectives are known."""
+    return not any(program.refused for program in self.programs)
 
   def mean(self, what: str) -> float:
     """The mean of "flops", "moved" or "collective" bytes over the steps of a run."""
@@ -204,7 +212,7 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> P
   for due in dict.fromkeys(dues):
     given, lowered = runner.lower(make_state, teacher, batch, due)
     ideal = ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
-    programs.append(_compile(lowered, due, ideal, say))
+    programs.append(_compile(lowered, due, ideal, bytes_per_chip(given), say))
   state = given["state"]
   kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
           "buffers": state.dist, "batch": given["batch"]}
@@ -278,7 +286,7 @@ def bytes_per_chip(tree) -> int:
   return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in jax.tree.leaves(tree))
 
 
-def _compile(lowered, due, ideal, say) -> Program:
+def _compile(lowered, due, ideal, arguments, say) -> Program:
   began, done = time.monotonic(), threading.Event()
 
   def alive():
@@ -288,6 +296,12 @@ def _compile(lowered, due, ideal, say) -> Program:
   threading.Thread(target=alive, daemon=True).start()
   try:
     compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    words = " ".join(str(error).partition("See https")[0].split())
+    if "RESOURCE_EXHAUSTED" not in words:
+      raise
+    temporary = said_bytes(words)
+    return Program(due, temporary, arguments + temporary, 0.0, 0.0, {}, ideal, round(time.monotonic() - began, 1), words)
   finally:
     done.set()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
@@ -296,11 +310,21 @@ def _compile(lowered, due, ideal, say) -> Program:
                  round(time.monotonic() - began, 1))
 
 
+def said_bytes(words: str) -> int:
+  """The temporary memory that a compiler's refusal names, in bytes; 0 if it names none."""
+  found = re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", words)
+  return int(float(found[1]) * 2**(10 * " KMGT".index(found[2] or " "))) if found else 0
+
+
 def table(found: Plan) -> str:
   """A plan in words, for the terminal."""
   lines = [f"{found.topology}: {found.summary}", "", "kept on each chip"]
   lines += [f"  {kind:20}{_size(value)}" for kind, value in found.kept.items()]
   for program, share in zip(found.programs, found.shares):
+    if program.refused:
+      lines += ["", f"step of {', '.join(program.due)} ({share:.0%} of the steps): the compiler gave up after"
+                f" {program.seconds:.0f} s", f"  {program.refused}"]
+      continue
     lines += ["", f"step of {', '.join(program.due)} ({share:.0%} of the steps; compiled in {program.seconds:.0f} s)",
               f"  {'temporary':20}{_size(program.temporary)}", f"  {'peak':20}{_size(program.peak)}",
               f"  {'operations':20}{program.flops:9.3g}", f"  {'memory traffic':20}{_size(program.moved)}"]
@@ -312,6 +336,8 @@ def table(found: Plan) -> str:
     return "\n".join(lines) + "\n"
   lines += ["", f"peak {_size(found.peak).strip()} of {_size(found.chip.memory).strip()}: "
             + ("it fits" if found.fits else f"it does NOT fit; {remedy(found)}")]
+  if not found.compiled:
+    return "\n".join(lines) + "\n"
   seconds = found.seconds()
   most = max(seconds, key=seconds.get)
   lines += [f"roofline: {1e3 * seconds[most]:.3g} ms a step, bound by {most} ("
@@ -331,17 +357,18 @@ def _size(value) -> str:
 
 def remedy(found: Plan) -> str:
   """The change that takes most of what is too much."""
-  program = max(found.programs, key=lambda p: p.peak)
-  per_network = sum(found.kept[kind] for kind in ("parameters", "optimizers", "averages", "teacher"))
-  if program.temporary > per_network:
+  networks = sum(found.kept[kind] for kind in ("parameters", "optimizers", "averages", "teacher"))
+  temporary = max(found.programs, key=lambda p: p.peak).temporary
+  most = max(networks, found.kept["buffers"], temporary)
+  if most == networks or networks > _FULL * found.chip.memory:
+    return f"most is parameters and what belongs to them: set train.fsdp={found.chips}, teacher.dtype=bfloat16"
+  if most == temporary:
     return "most is temporary: set train.microbatch lower, model.remat, or a smaller batch"
-  if found.kept["buffers"] > per_network:
-    return "most is replay: set states.capacity lower"
-  return f"most is parameters and what belongs to them: set train.fsdp={found.chips}, teacher.dtype=bfloat16"
+  return "most is replay: set states.capacity lower"
 
 
 def as_json(found: Plan) -> dict:
   """A plan as JSON has it."""
   out = found._asdict() | {"chip": found.chip and found.chip._asdict(), "peak": found.peak, "fits": found.fits,
                            "programs": [program._asdict() for program in found.programs]}
-  return out | ({"roofline_seconds": found.seconds()} if found.chip else {})
+  return out | ({"roofline_seconds": found.seconds()} if found.chip and found.compiled else {})

@@ -114,11 +114,35 @@ def test_what_fits_and_what_would(plans):
   seconds = found.seconds()
   assert found.utilisation() == pytest.approx(seconds["operations"] / max(seconds.values()))
   assert found.seconds(256)["collectives"] == pytest.approx(seconds["collectives"] * (255 / 256) / (7 / 8))
-  small = found._replace(chip=found.chip._replace(memory=1000.0))
+  networks = sum(found.kept[kind] for kind in ("parameters", "optimizers", "averages", "teacher"))
+  small = found._replace(chip=found.chip._replace(memory=1.1 * networks))
   assert not small.fits and "does NOT fit; most is temporary: set train.microbatch" in plan_lib.table(small)
-  small = small._replace(programs=[small.programs[0]._replace(temporary=0)])
-  assert "train.fsdp=8" in plan_lib.remedy(small)
+  smaller = small._replace(chip=found.chip._replace(memory=0.9 * networks))
+  for other in (smaller, small._replace(programs=[small.programs[0]._replace(temporary=0)])):
+    assert "train.fsdp=8" in plan_lib.remedy(other)
   assert "most is replay" in plan_lib.remedy(small._replace(kept=small.kept | {"buffers": 10**9}))
+
+
+def test_a_program_that_the_compiler_refuses(monkeypatch, shared):  # noqa: F811
+  """TPU compilers give up where memory is short: the plan says so, and what is known all the same."""
+  words = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
+           " temporaries (24.09G) exceeds available HBM (15.75G). HLO module: jit_step.\nSee https://openxla.org")
+
+  def refuse_to(*_, **__):
+    raise jax.errors.JaxRuntimeError(words)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(jax.stages.Lowered, "compile", refuse_to)
+    found = plan_lib.plan(config_lib.load(*LCM), "h100:8")
+  program, = found.programs
+  assert found.fits is False and program.temporary == int(24.09 * 2**30)
+  assert 0 <= program.peak - program.temporary - sum(found.kept.values()) < 256  # the step's number and key
+  said = plan_lib.table(found)
+  assert "the compiler gave up" in said and "temporaries (24.09G) exceeds" in said and "does NOT fit" in said
+  assert "roofline" not in said and "roofline_seconds" not in plan_lib.as_json(found)
+  assert json.loads(json.dumps(plan_lib.as_json(found)))["programs"][0]["refused"] in " ".join(words.split())
+  assert [plan_lib.said_bytes(f"temporaries ({size})") for size in ("3.5M", "7", "1T")] == [3670016, 7, 2**40]
+  assert plan_lib.said_bytes("no number") == 0
 
 
 @pytest.mark.parametrize("start", [8, 200, 100_000])
