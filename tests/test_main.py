@@ -51,6 +51,14 @@ def test_help_and_wrong_command():
   assert "'trian'" in done.stderr and "train" in done.stderr.replace("trian", "")
 
 
+def test_no_command_waits_for_pytorch():
+  """Where it is installed, as here for parity, its import would take seconds and hundreds of megabytes."""
+  code = ("import sys; from ddil_jax import runs, trained; print('torch' in sys.modules);"
+          "import torch; print(torch.ones(1))")
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+  assert done.stdout == "False\ntensor([1.])\n", done.stderr
+
+
 def test_console_of_a_run(teacher):
   workdir, done = teacher
   assert done.returncode == 0, done.stderr

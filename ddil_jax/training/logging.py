@@ -15,12 +15,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
 
 from ddil_jax.errors import UsageError
 from ddil_jax.files import cannot_write, write_bytes
+
+with contextlib.ExitStack() as _hidden:
+  # tensorboardX imports PyTorch where it is installed, for types of its own: seconds of the start of every command.
+  if "torch" not in sys.modules:
+    sys.modules["torch"] = None
+    _hidden.callback(sys.modules.pop, "torch")
+  from tensorboardX import summary
+  from tensorboardX.proto import event_pb2
+  from tensorboardX.record_writer import RecordWriter
 
 PACKAGES = ("ddil-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
