@@ -361,7 +361,8 @@ def remedy(found: Plan) -> str:
   temporary = max(found.programs, key=lambda p: p.peak).temporary
   most = max(networks, found.kept["buffers"], temporary)
   if most == networks or networks > _FULL * found.chip.memory:
-    return f"most is parameters and what belongs to them: set train.fsdp={found.chips}, teacher.dtype=bfloat16"
+    return ("parameters and what belongs to them are too much: split them over more chips by train.fsdp, up to"
+            f" {found.chips}; teacher.dtype=bfloat16")
   if most == temporary:
     return "most is temporary: set train.microbatch lower, model.remat, or a smaller batch"
   return "most is replay: set states.capacity lower"

@@ -119,7 +119,7 @@ def test_what_fits_and_what_would(plans):
   assert not small.fits and "does NOT fit; most is temporary: set train.microbatch" in plan_lib.table(small)
   smaller = small._replace(chip=found.chip._replace(memory=0.9 * networks))
   for other in (smaller, small._replace(programs=[small.programs[0]._replace(temporary=0)])):
-    assert "train.fsdp=8" in plan_lib.remedy(other)
+    assert "train.fsdp, up to 8;" in plan_lib.remedy(other)
   assert "most is replay" in plan_lib.remedy(small._replace(kept=small.kept | {"buffers": 10**9}))
 
 
