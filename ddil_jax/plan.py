@@ -301,7 +301,8 @@ def _compile(lowered, due, ideal, arguments, say) -> Program:
     if "RESOURCE_EXHAUSTED" not in words:
       raise
     temporary = said_bytes(words)
-    return Program(due, temporary, arguments + temporary, 0.0, 0.0, {}, ideal, round(time.monotonic() - began, 1), words)
+    seconds = round(time.monotonic() - began, 1)
+    return Program(due, temporary, arguments + temporary, 0.0, 0.0, {}, ideal, seconds, words)
   finally:
     done.set()
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
