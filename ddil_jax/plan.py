@@ -230,16 +230,17 @@ def largest_batch(config: ConfigDict, topology: str, batch_size: int = 0, say=pr
   if devices_of(topology)[1] is None:
     raise UsageError(f"topology {topology}: the largest batch needs chips whose memory is known: {', '.join(CHIPS)}")
   first = plan(config, topology, batch_size, say)
-  found = {first.batch_size: first}
+  found, limit = {first.batch_size: first}, _FULL * first.chip.memory
 
   def peak(size):
     if size not in found:
       found[size] = plan(config, topology, size, say)
     say(f"batch {size}: peak {_size(found[size].peak).strip()}, {'fits' if found[size].fits else 'does not fit'}")
-    return found[size].peak
+    # A compiler that gave up may not have said how much was missing.
+    return found[size].peak if found[size].compiled else max(found[size].peak, 2 * limit)
 
   unit = first.chips * max(1, config.train.microbatch)
-  size = largest_fitting(peak, first.batch_size, unit, _FULL * first.chip.memory)
+  size = largest_fitting(peak, first.batch_size, unit, limit)
   return found[size] if size else None
 
 

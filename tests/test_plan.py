@@ -143,6 +143,10 @@ def test_a_program_that_the_compiler_refuses(monkeypatch, shared):  # noqa: F811
   assert json.loads(json.dumps(plan_lib.as_json(found)))["programs"][0]["refused"] in " ".join(words.split())
   assert [plan_lib.said_bytes(f"temporaries ({size})") for size in ("3.5M", "7", "1T")] == [3670016, 7, 2**40]
   assert plan_lib.said_bytes("no number") == 0
+  # It may not say how much was missing: no batch of those fits.
+  silent = found._replace(programs=[program._replace(temporary=0, peak=1000)])
+  monkeypatch.setattr(plan_lib, "plan", lambda config, topology, size, say: silent._replace(batch_size=size or 16))
+  assert plan_lib.largest_batch(config_lib.load(*LCM), "h100:8") is None
 
 
 @pytest.mark.parametrize("start", [8, 200, 100_000])
