@@ -103,10 +103,12 @@ def run_loop(runner: Runner, due: Callable[[int], tuple[str, ...]], state, froze
           measured = hooks.evaluate(done, runner.fetch(state))
       save_now = settings.checkpoint_every and done % settings.checkpoint_every == 0
       # What was measured is saved: it may be the best.
-      stopping = stop(done)
-      if last or save_now or measured or stopping:
+      saved = last or save_now or bool(measured)
+      if saved:
         hooks.save(done, runner.fetch(state), measured)
-      if stopping and not last:
+      if stop(done):  # also where it came while the last step was saved: a sweep would go on, or the next stage
+        if not saved:
+          hooks.save(done, runner.fetch(state), measured)
         raise Stopped(f"stopped at step {done} of {settings.steps}; the same command continues from there")
   return state
 
