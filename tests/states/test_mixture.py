@@ -66,12 +66,12 @@ def test_ring_buffer():
   empty = jax.tree.map(lambda v: jnp.zeros((1, 5) + v.shape[2:], v.dtype), stored(0, 1))
   buffer = Replay(empty, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
   buffer = push(buffer, stored(10, 3))
-  keys = lambda i: jax.random.split(jax.random.key(i), 1)  # noqa: E731
-  seen = {int(draw(buffer, keys(i)).k[0]) for i in range(60)}
-  assert seen == {10, 11, 12}
+  draws = jax.jit(lambda buffer, keys: jax.vmap(lambda key: draw(buffer, key).k[0])(keys))
+  keys = jax.random.split(jax.random.key(0), (500, 1))
+  assert set(np.asarray(draws(buffer, keys[:60])).tolist()) == {10, 11, 12}
   buffer = push(push(buffer, stored(20, 3)), stored(30, 1))
   assert sorted(np.asarray(buffer.states.k[0]).tolist()) == [12, 20, 21, 22, 30]
-  counts = np.bincount([int(draw(buffer, keys(i)).k[0]) for i in range(500)], minlength=31)
+  counts = np.bincount(draws(buffer, keys), minlength=31)
   assert (counts[[12, 20, 21, 22, 30]] > 60).all()
 
 
@@ -88,8 +88,8 @@ def test_refresh_interval():
     pushed.append(int(state.pushed))
   assert pushed == [4, 4, 4, 8, 8, 8, 12, 12]
   on = replay(source, slots=4, refresh_every=1)
-  states, state = on.sample(on.init(context()), context(step=5))
-  path = source.path(context(step=5))
+  states, state = jax.jit(on.sample)(on.init(context()), context(step=5))
+  path = jax.jit(source.path)(context(step=5))
   for b in range(6):  # each drawn state is one of the path just walked
     assert any(np.allclose(states.x_t[b], path.x_t[b, j]) for j in range(4))
   assert states.x0.shape == states.x_t.shape
