@@ -13,7 +13,7 @@ from ddil_jax.sweep import product
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.trajectory(digits(common.common()), name="meanflow", num_scales=32, sampler_steps=4,
-                             from_data=False, same_share=0.5, power=1.0, constant=1e-3)
+                             from_data=False, same_share=0.5, power=1.0, constant=1e-3, difference=0.0)
   config.model.end_time_embedding = 32
   return common.apply(config, arg)
 

@@ -13,7 +13,7 @@ from ddil_jax.sweep import product
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.trajectory(digits(common.common()), name="scm", num_scales=32, sampler_steps=4, from_data=False,
-                             warmup_steps=100, constant=0.1, sigma_data=0.5)
+                             warmup_steps=100, constant=0.1, sigma_data=0.5, difference=0.0)
   config.optimizer.name = "radam"
   return common.apply(config, arg)
 

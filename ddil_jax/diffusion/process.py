@@ -86,6 +86,28 @@ def snr(process: Process, t: Array) -> Array:
   return jnp.exp(process.log_snr(t))
 
 
+def times_around(process: Process, of: Callable[[Array], Array], t: Array, step: Array | float,
+                 after: Array | float = -np.inf) -> tuple[Array, Array]:
+  """Times [B] at which `of`, which grows with the time, is `step` below and above its value at t; for differences.
+
+  Each is t itself where it would be outside of what a network is called at, the lower one also where it would not be
+  later than `after`.
+  """
+  def at(wanted):
+    def halve(_, ends):
+      low, high = ends
+      middle = (low + high) / 2
+      above = of(middle) > wanted
+      return jnp.where(above, low, middle), jnp.where(above, middle, high)
+
+    return sum(jax.lax.fori_loop(0, 60, halve, (jnp.full_like(t, process.t_min), jnp.full_like(t, process.t_max)))) / 2
+
+  here, (low, high) = of(t), (of(jnp.full_like(t, end)) for end in (process.t_min, process.t_max))
+  below = at(here - step)
+  return (jnp.where((here - step >= low) & (below > after), below, t),
+          jnp.where(here + step <= high, at(here + step), t))
+
+
 def cosine(logsnr_min: float = -20.0, logsnr_max: float = 20.0) -> Process:
   """Cosine log-SNR, `lambda(u) = -2 log tan(a u + b)`, u in [0, 1].
 

@@ -7,7 +7,8 @@ cos(tau) x0 + sin(tau) c eps, every process is TrigFlow and a denoiser is D = co
     g  = -cos^2(tau) (c F - dx^/dtau) - warm cos(tau) sin(tau) (x^ + c dF/dtau)
     L  = w |F - sg(F + g / (|g| + 0.1))|^2,   dF/dtau by jvp along (dx^/dtau, 1),   w = 1 / tan(tau)
 
-With the teacher's slope it runs on every source; with the data's on forward states and teacher pairs.
+With the teacher's slope it runs on every source; with the data's on forward states and teacher pairs. As in
+`meanflow`, the derivative is also offered as a difference, on the arc on which the slope turns x^.
 
 Source: arXiv 2410.11081; NVlabs/FastGen (golden vectors `fg_scm_*`). The original also learns a log-variance
 per time, `exp(-v) L + v`: `scm_loss` takes it, the player here keeps it at 0. Ours: other processes.
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from ddil_jax import keys as keys_lib
 from ddil_jax.diffusion import solvers
-from ddil_jax.diffusion.process import Process, expand
+from ddil_jax.diffusion.process import Process, expand, times_around
 from ddil_jax.errors import UsageError
 from ddil_jax.objectives.base import Objective, Parts, Player, bind, draw_index, guided_teacher, stop, subset, unchanged
 from ddil_jax.types import Array, Cond, DenoiseFn
@@ -69,7 +70,8 @@ def normalised(g: Array, constant: float = 0.1, mean_norm: bool = False) -> tupl
 def scm_loss(process: Process, student: DenoiseFn, x_t: Array, t: Array, slope: Array, cond: Cond,
              warm: Array | float, log_variance: Array | float = 0.0, sigma_data: float = 0.5,
              constant: float = 0.1, prior_weight: bool = True, mean_norm: bool = False,
-             per_pixel: bool = False) -> tuple[Array, dict[str, Array]]:
+             per_pixel: bool = False, difference: float = 0.0,
+             path: Array | None = None) -> tuple[Array, dict[str, Array]]:
   """The loss per example [B] and its intermediates F, derivative, g, norm, unweighted.
 
   Args:
@@ -79,13 +81,25 @@ def scm_loss(process: Process, student: DenoiseFn, x_t: Array, t: Array, slope: 
     constant, mean_norm: of the tangent's normalisation.
     prior_weight: weight 1 / tan(tau) / c, the inverse noise level.
     per_pixel: the weight divided by the number of pixels.
+    difference: 0 is a Jacobian-vector product; else the quotient of differences, over this share of tau on both sides.
+    path: dx^/dtau of the arc of the differences, default the slope.
   """
   x_hat, tau = to_trig(process, stop(x_t), t, sigma_data), angle(process, t, sigma_data)
-  _, rate = jax.jvp(lambda t: angle(process, t, sigma_data), (t,), (jnp.ones_like(t),))
+  network = lambda x, t: trig_output(process, student, x, t, cond, sigma_data)  # noqa: E731
+  angle_at = lambda t: angle(process, t, sigma_data)  # noqa: E731
   # Scaled by cos sin: at the ends the derivative itself is unbounded.
   scale = jnp.cos(tau) * jnp.sin(tau)
-  output, derivative = jax.jvp(lambda x, t: trig_output(process, student, x, t, cond, sigma_data), (x_hat, t),
-                               (expand(scale, x_hat) * slope, scale / rate))
+  if difference:
+    def moved(to):
+      turn = expand(angle_at(to) - tau, x_hat)
+      return network(jnp.cos(turn) * x_hat + jnp.sin(turn) * stop(slope if path is None else path), to)
+
+    back, on = times_around(process, angle_at, t, difference * tau)
+    output = network(x_hat, t)
+    derivative = expand(scale / (angle_at(on) - angle_at(back)), x_hat) * (moved(on) - moved(back))
+  else:
+    _, rate = jax.jvp(angle_at, (t,), (jnp.ones_like(t),))
+    output, derivative = jax.jvp(network, (x_hat, t), (expand(scale, x_hat) * slope, scale / rate))
   g, norm = normalised(stop(tangent(tau, x_hat, slope, output, derivative, warm, sigma_data)), constant, mean_norm)
   square = jnp.mean((output - stop(output) - g) ** 2, axis=tuple(range(1, g.ndim)))
   weight = process.alpha(t) / process.sigma(t) if prior_weight else jnp.ones_like(t)
@@ -95,7 +109,7 @@ def scm_loss(process: Process, student: DenoiseFn, x_t: Array, t: Array, slope: 
 
 
 def make(parts: Parts, num_scales: int = 32, sampler_steps: int = 2, from_data: bool = False, warmup_steps: int = 100,
-         constant: float = 0.1, sigma_data: float = 0.5) -> Objective:
+         constant: float = 0.1, sigma_data: float = 0.5, difference: float = 0.0) -> Objective:
   """sCM on a grid of `num_scales` times.
 
   Args:
@@ -104,7 +118,10 @@ def make(parts: Parts, num_scales: int = 32, sampler_steps: int = 2, from_data: 
     warmup_steps: over which the tangent's second term comes in.
     constant: of the tangent's normalisation.
     sigma_data: standard deviation of the data.
+    difference: see `scm_loss`.
   """
+  if not 0 <= difference < 1:
+    raise UsageError(f"scm: difference {difference} must be at least 0 and below 1, the whole of tau")
   if warmup_steps < 1 or not 1 <= sampler_steps <= num_scales:
     raise UsageError(f"scm: warmup_steps {warmup_steps} must be at least 1, sampler_steps {sampler_steps} between 1 and"
                      f" num_scales {num_scales}")
@@ -121,7 +138,7 @@ def make(parts: Parts, num_scales: int = 32, sampler_steps: int = 2, from_data: 
     warm = jnp.minimum(view.step / warmup_steps, 1).astype(t.dtype)
     student = bind(parts.student, params, keys_lib.named(keys, "dropout"))
     value, found = scm_loss(process, student, x_t, t, slope, states.cond, warm, sigma_data=sigma_data,
-                            constant=constant)
+                            constant=constant, difference=difference)
     return value, {"tangent_norm": found["norm"]}
 
   return Objective(

@@ -52,6 +52,18 @@ def test_the_prior_is_the_marginal_of_unit_data_at_t_max(process):
   np.testing.assert_allclose(std, process.prior_std, rtol=0.01)
 
 
+def test_times_around(process):
+  of = lambda t: jnp.arctan2(process.sigma(t), process.alpha(t))  # noqa: E731
+  ends = jnp.array([process.t_min, process.t_max])
+  t, (low, high), step = jnp.concatenate([ends, times(process)]), of(ends), 0.02
+  back, on = processes.times_around(process, of, t, step)
+  assert back[0] == t[0] and on[1] == t[1] and np.all(back <= t) and np.all(on >= t)
+  np.testing.assert_allclose(of(t) - of(back), jnp.where(of(t) - step >= low, step, 0), atol=2e-6)
+  np.testing.assert_allclose(of(on) - of(t), jnp.where(of(t) + step <= high, step, 0), atol=2e-6)
+  later = 0.5 * (back + t)  # than the time below
+  np.testing.assert_array_equal(processes.times_around(process, of, t, step, later)[0], t)
+
+
 def test_cosine_stays_within_its_limits():
   process = processes.cosine(-15, 15)
   np.testing.assert_allclose(process.log_snr(jnp.array([0.0, 0.5, 1.0])), [15, 0, -15], atol=2e-3)

@@ -224,6 +224,23 @@ def test_scm_tangent_vanishes_for_the_exact_consistency_function(setting):
   assert float(wrong["norm"].min()) > 0.05
 
 
+@pytest.mark.parametrize("method", ["meanflow", "scm"])
+def test_differences_in_place_of_the_derivative_are_of_second_order(setting, method):
+  p, teacher, _, _, _, x_t = setting
+  if method == "meanflow":
+    v = velocity_from_x0(p, x_t, teacher(x_t, TIMES, {}), TIMES)
+    derivative = lambda h: meanflow.along_path(  # noqa: E731
+        p, exact_average_velocity(p), x_t, TIMES, 0.3 * TIMES, {}, v, h)[1]
+  else:
+    slope = 0.5 * scm.trig_output(p, teacher, scm.to_trig(p, x_t, TIMES), TIMES, {})
+    derivative = lambda h: scm.scm_loss(p, teacher, x_t, TIMES, slope, {}, 1.0, difference=h)[1]["derivative"]  # noqa: E731
+  # Of the first two times: from the last there is no room for a whole step up.
+  right = derivative(0.0)[:2]
+  left = [np.abs(derivative(h)[:2] - right).max() for h in (0.24, 0.12)]
+  assert left[0] < 0.2 * np.abs(right).max()
+  assert left[0] / left[1] == pytest.approx(4, rel=0.2)
+
+
 def test_scott_without_noise_in_one_step_is_cd(setting):
   p, _, toy, _, _, x_t = setting
   s, keys = TIMES - 0.1, keys_lib.per_example(jax.random.key(0), jnp.arange(3))
