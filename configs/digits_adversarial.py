@@ -23,9 +23,10 @@ def scott(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = common.trajectory(digits(common.common()), name="adversarial", base="ctm", adversarial_weight=0.05,
+  # Both weights for gradients of about the norm of the consistency term's.
+  config = common.trajectory(digits(common.common()), name="adversarial", base="ctm", adversarial_weight=0.002,
                              images="jump", kind="images", r1=0.0, num_scales=17, sampler_steps=4, max_teacher_steps=4,
-                             solver="ddim", dsm_weight=1.0, dsm_cap=100.0, target_decay=0.99)
+                             solver="ddim", dsm_weight=0.04, dsm_cap=100.0, target_decay=0.99)
   config.model.end_time_embedding = 32
   return common.apply(config, arg, {"scott": scott})
 

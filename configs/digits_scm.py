@@ -12,8 +12,9 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
+  # Differences: the teacher's derivative is of its fine time embedding (docs/methods.md).
   config = common.trajectory(digits(common.common()), name="scm", num_scales=32, sampler_steps=4, from_data=False,
-                             warmup_steps=100, constant=0.1, sigma_data=0.5, difference=0.0)
+                             warmup_steps=100, constant=0.1, sigma_data=0.5, difference=0.1)
   config.optimizer.name = "radam"
   return common.apply(config, arg)
 
