@@ -14,6 +14,7 @@ from ddil_jax.sweep import product
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.generator(digits(common.common()), name="vsd", num_steps=1, rank=4, guide_critic=True,
                             random_guidance=(), weight_cap=20.0)
+  config.optimizer.critic_learning_rate = 1e-2  # a LoRA of rank 4 follows the student at ten times a whole critic's
   return common.apply(config, arg, {"ddil": common.half_forward})
 
 
