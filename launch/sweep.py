@@ -125,6 +125,7 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
     return failed
   context = multiprocessing.get_context("spawn")
   queue, outcomes = context.Queue(), context.Queue()
+  queue.cancel_join_thread()  # else a stopped sweep waits for ever for workers to take the trials that are left
   workers = min(workers, len(todo))
   for trial in todo + [None] * workers:
     queue.put(trial)

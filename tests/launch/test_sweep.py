@@ -51,6 +51,23 @@ def plain_table(workdir) -> list[dict]:
   return [{name: value for name, value in row.items() if name not in ("seconds", "step_seconds")} for row in rows]
 
 
+def test_a_stopped_sweep_ends_although_trials_are_left(tmp_path):
+  """More of them than a pipe to the workers holds."""
+  path, workdir = write_config(tmp_path, 4, "1e-3,"), tmp_path / "sweep"
+  process = subprocess.Popen(command("--config", path, "--workdir", workdir, f"--config.teacher.path={'x' * 100_000}"),
+                             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  while not (workdir / "sweep.json").exists():
+    assert process.poll() is None
+    time.sleep(0.05)
+  time.sleep(0.5)  # the worker is importing
+  process.terminate()
+  try:
+    _, error = process.communicate(timeout=60)
+  finally:
+    process.kill()
+  assert process.returncode == 130 and "the same command continues" in error
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_continues_to_the_same_table(tmp_path, capsys):
   path = write_config(tmp_path, 120, "1e-3,")
