@@ -36,8 +36,9 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
 
   Args:
     train: False gathers the results there are.
-    others: see `compare_family`.
+    others: see `compare_family`; their runs are not made again.
   """
+  elsewhere = {row.run for path in others for row in report_rows.rows_of_table(path)}
   own = getattr(config_lib.module(f"configs/study/{part}.py"), "TEACHER", None)
   # Compile flags that are for networks of a few pixels.
   name, digits = (f"{part}_teacher", False) if own else ("teacher", True)
@@ -49,6 +50,7 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
   trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / name)})
   folder = workdir / part
   sweeps.save(trials, folder)
+  trials = [trial for trial in trials if trial.name not in elsewhere]
   failed = run_all(trials, folder, workers, retry, small=digits) if train else {}
   rows = sweeps.gather(trials, folder)
   sweeps.write_table(rows, folder)
@@ -169,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
   args.add_argument("--retry", action="store_true", help="run failed trials again")
   args.add_argument("--table", action="store_true", help="gather the results there are, run nothing")
   args.add_argument("--rows", action="append", default=[], metavar="FILE.csv", help="of family: a table of the same"
-                    " sweep, of seeds that were run elsewhere; its rows are taken too")
+                    " sweep, of seeds that were run elsewhere; its rows are taken too, and its runs not made again")
   args.add_argument("--list", action="store_true", help="say what each part asks, and its number of runs")
   return args
 

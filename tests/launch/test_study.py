@@ -75,7 +75,7 @@ def family_results(workdir):
       teacher | {"steps": 2, "guidance_scale": 1.0, "metrics": {"fd@2000/train/other": 7.0}}])
 
 
-def test_the_table_of_all_methods(tmp_path, capsys):
+def test_the_table_of_all_methods(tmp_path, capsys, monkeypatch):
   family_results(tmp_path)
   assert study.main(["family", "--table", f"--workdir={tmp_path}"]) == 0
   table = (tmp_path / "family" / "table.md").read_text()
@@ -106,6 +106,14 @@ def test_the_table_of_all_methods(tmp_path, capsys):
       csv.writer(file).writerows([heads, *(row for row in rows if row[heads.index("seed")] in seeds)])
   assert "2.01 ± 0.02 (3)" not in study.compare_family(tmp_path)
   assert study.compare_family(tmp_path, [tmp_path / "first.csv"]) == table
+  # Nor are they run again.
+  begun = []
+  monkeypatch.setattr(study, "run_all", lambda trials, *rest, **options: begun.append({t.name for t in trials}) or {})
+  study.run("family", tmp_path, 1, others=[tmp_path / "first.csv"])
+  elsewhere = {row[heads.index("run")] for row in rows
+               if row[heads.index("seed")] == "0" and row[heads.index("status")] != "open"}
+  names = {trial.name for trial in sweep.trials("configs/study/family.py")}
+  assert begun[1:] == [names - elsewhere] and elsewhere < names
   for path, message in (("absent.csv", "cannot read the table"), ("family/table.md", "is no table of a sweep"),
                         ("family/results.csv", "the run .* is in .* and in")):
     with pytest.raises(UsageError, match=message):
