@@ -23,7 +23,7 @@ def scott(config: ConfigDict) -> ConfigDict:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  # Both weights for gradients of about the norm of the consistency term's.
+  # The denoising term's weight is that of digits_ctm.py; the GAN term's was scaled with it.
   config = common.trajectory(digits(common.common()), name="adversarial", base="ctm", adversarial_weight=0.002,
                              images="jump", kind="images", r1=0.0, num_scales=17, sampler_steps=4, max_teacher_steps=4,
                              solver="ddim", dsm_weight=0.04, dsm_cap=100.0, target_decay=0.99)

@@ -38,7 +38,7 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
     train: False gathers the results there are.
     others: see `compare_family`; their runs are not made again.
   """
-  elsewhere = {row.run for path in others for row in report_rows.rows_of_table(path)}
+  elsewhere = {row.run for path in others for row in report_rows.rows_of_table(path)} if part == FAMILY else ()
   own = getattr(config_lib.module(f"configs/study/{part}.py"), "TEACHER", None)
   # Compile flags that are for networks of a few pixels.
   name, digits = (f"{part}_teacher", False) if own else ("teacher", True)
