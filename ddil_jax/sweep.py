@@ -1,7 +1,8 @@
 """Sweeps: a config file's `sweep()` as a list of trials, and what became of them as one table.
 
 `sweep()` gives a list of dicts, one a trial: {"arg": the config's argument, "FIELD": value, ...};
-"config" names another file than its own. `product`, `zipped` and `cross` make such lists.
+"config" names another file than its own; {"teacher": {"config": "FILE", "FIELD": value, ...}} has as its teacher the run
+of another trial of the list, which is the same but for what is named. `product`, `zipped` and `cross` make such lists.
 
 A sweep's folder holds `sweep.json` (the trials), one run directory a trial, `results.csv` and
 `results.parquet`. A trial that failed has a `failed.json` in its folder that says why.
@@ -33,10 +34,12 @@ class Trial(NamedTuple):
     name: of its folder.
     spec: config file and argument, "configs/digits_pd.py:ddil".
     overrides: {field: text}, as on the command line.
+    after: the trial whose run is its teacher; "" is none.
   """
   name: str
   spec: str
   overrides: dict[str, str]
+  after: str = ""
 
   def config(self):
     return config_lib.load(self.spec, self.overrides)
@@ -60,15 +63,16 @@ def cross(*lists: list[dict]) -> list[dict]:
   return [{name: v for part in parts for name, v in part.items()} for parts in itertools.product(*lists)]
 
 
-def trials(spec: str, overrides: Mapping[str, str] | None = None) -> list[Trial]:
+def trials(spec: str, overrides: Mapping[str, str] | None = None, workdir: pathlib.Path = pathlib.Path()) -> list[Trial]:
   """The trials of a config file's `sweep()`.
 
   Args:
     spec: the file, and an argument that is put before the argument of every trial.
     overrides: {field: text} for every trial; a trial's own value counts more.
+    workdir: where the runs will lie, for trials whose teacher is one of them.
 
   Raises:
-    UsageError: no sweep(), or an entry that makes no config.
+    UsageError: no sweep(), an entry that makes no config, or one whose teacher is no earlier trial of the list.
   """
   file, _, common_arg = spec.partition(":")
   module = config_lib.module(spec)
@@ -79,13 +83,21 @@ def trials(spec: str, overrides: Mapping[str, str] | None = None) -> list[Trial]
   if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
     raise UsageError(f"sweep() of {file} must give a list of dicts, at least one")
   varying = [name for name in dict.fromkeys(itertools.chain(*entries))
-             if len({repr(entry.get(name)) for entry in entries}) > 1]
+             if name != "teacher" and len({repr(entry.get(name)) for entry in entries}) > 1]
   out: dict[str, Trial] = {}
   for entry in entries:
     arg = ",".join(a for a in (common_arg, entry.get("arg", "")) if a)
     own = {name: value if isinstance(value, str) else repr(value)
-           for name, value in entry.items() if name not in ("arg", "config")}
-    trial = Trial(_name(entry, varying), f"{entry.get('config', file)}:{arg}", dict(overrides or {}) | own)
+           for name, value in entry.items() if name not in ("arg", "config", "teacher")}
+    name, after = _name(entry, varying), ""
+    if "teacher" in entry:
+      first = {name: value for name, value in entry.items() if name != "teacher"} | entry["teacher"]
+      after = _name(first, varying)
+      if after not in out or first not in entries:
+        raise UsageError(f"sweep() of {file}: the teacher of trial {name} must be an earlier trial of the list, which"
+                         f" has {first}")
+      own["teacher.path"] = str(workdir / after)
+    trial = Trial(name, f"{entry.get('config', file)}:{arg}", dict(overrides or {}) | own, after)
     trial.config()  # a mistake is found before anything runs
     if trial.name in out:
       raise UsageError(f"sweep() of {file} has the trial {trial.name} twice")

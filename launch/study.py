@@ -47,7 +47,7 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
   failed = run_all([teacher], workdir, 1, retry=True, small=digits) if train else {}
   if failed:
     raise RunError(f"the teacher failed: {failed[name]}")
-  trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / name)})
+  trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / name)}, workdir / part)
   folder = workdir / part
   sweeps.save(trials, folder)
   trials = [trial for trial in trials if trial.name not in elsewhere]

@@ -44,6 +44,8 @@ def train(trial: Trial, workdir: pathlib.Path) -> None:
     old, sys.stdout = sys.stdout, log
     try:
       config = trial.config()
+      if trial.after and (workdir / trial.after / sweeps.FAILED).exists():
+        raise RunError(f"the run of its teacher, {trial.after}, failed")
       runs.train(config, folder)
     except Stopped:
       raise
@@ -127,14 +129,18 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
   queue, outcomes = context.Queue(), context.Queue()
   queue.cancel_join_thread()  # else a stopped sweep waits for ever for workers to take the trials that are left
   workers = min(workers, len(todo))
-  for trial in todo + [None] * workers:
-    queue.put(trial)
+  open_ = {trial.name for trial in todo}
+  for trial in todo:
+    if trial.after not in open_:
+      queue.put(trial)
   processes = [context.Process(target=worker, daemon=True, args=(i, workers, queue, outcomes, str(workdir), small))
                for i in range(workers)]
   for process in processes:
     process.start()
   try:
-    failed |= _follow(todo, processes, outcomes, workdir)
+    failed |= _follow(todo, processes, queue, outcomes, workdir)
+    for _ in processes:
+      queue.put(None)
   except BaseException:
     print("stopping: the trials under way save their state", flush=True)
     for process in processes:
@@ -146,8 +152,8 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
   return failed
 
 
-def _follow(todo, processes, outcomes, workdir) -> dict[str, str]:
-  """Prints how the trials fare until all have ended; returns {name: error}."""
+def _follow(todo, processes, queue, outcomes, workdir) -> dict[str, str]:
+  """Prints how the trials fare until all have ended, and hands out those that waited; returns {name: error}."""
   began, done, failed = time.monotonic(), 0, {}
   while done < len(todo):
     try:
@@ -160,6 +166,9 @@ def _follow(todo, processes, outcomes, workdir) -> dict[str, str]:
     done += 1
     if error:
       failed[name] = error
+    for trial in todo:
+      if trial.after == name:
+        queue.put(trial)
     spent = time.monotonic() - began
     left = spent / done * (len(todo) - done)
     print(f"[{done}/{len(todo)}] {name}: {'FAILED: ' + error if error else 'done'};"
@@ -296,7 +305,7 @@ def _run(args, rest) -> int:
   at_least_one(workers=args.workers)
   overrides = overrides_of(rest, "train")
   if args.config:
-    trials = sweeps.trials(args.config, overrides)
+    trials = sweeps.trials(args.config, overrides, workdir)
     if args.print:
       print("\n".join(commands(trials, workdir)))
       return 0
@@ -312,6 +321,10 @@ def _run(args, rest) -> int:
     print("\n".join(commands(trials, workdir)))
     return 0
   if args.slurm or args.k8s:
+    waiting = next((trial for trial in trials if trial.after), None)
+    if waiting:
+      raise UsageError(f"trial {waiting.name} has the run of {waiting.after} as its teacher, but the tasks of a job start"
+                       " at once; run the sweep with --workers, or its commands (--print) in order")
     path = workdir / ("slurm.sh" if args.slurm else "job.yaml")
     files.write_bytes(path, (slurm_script if args.slurm else k8s_manifest)(trials, workdir).encode())
     print(f"wrote {path}; " + (f"start it with: sbatch {shlex.quote(str(path))}" if args.slurm else

@@ -40,11 +40,23 @@ def test_trials_have_names_specs_and_overrides(tmp_path):
   assert names == [("digits_pd", "pd"), ("run", "lcm")]
 
 
+def test_the_run_of_an_earlier_trial_is_the_teacher(tmp_path):
+  path = write_config(tmp_path, "def sweep():\n  return [{'arg': 'guided', 'seed': s} for s in (0, 1)] + ["
+                                "{'arg': 'ddil', 'seed': s, 'teacher': {'arg': 'guided'}} for s in (0, 1)]\n")
+  found = sweep.trials(path, {"teacher.path": "t"}, tmp_path)
+  assert [(t.name, t.after, t.config().teacher.path) for t in found] == [
+      ("guided-seed=0", "", "t"), ("guided-seed=1", "", "t"),
+      ("ddil-seed=0", "guided-seed=0", str(tmp_path / "guided-seed=0")),
+      ("ddil-seed=1", "guided-seed=1", str(tmp_path / "guided-seed=1"))]
+
+
 @pytest.mark.parametrize("body, message", [
     ("", "no function sweep"),
     ("def sweep():\n  return []\n", "at least one"),
     ("def sweep():\n  return [{'seed': 0}, {'seed': 0}]\n", "twice"),
     ("def sweep():\n  return [{'states.forwrad': 1.0}]\n", "forward"),
+    ("def sweep():\n  return [{'seed': 0}, {'seed': 1, 'teacher': {'arg': 'ddil'}}]\n", "the teacher of trial seed=1 must be"),
+    ("def sweep():\n  return [{'seed': 1, 'teacher': {'seed': 0}}, {'seed': 0}]\n", "an earlier trial"),
 ])
 def test_a_sweep_that_cannot_run(tmp_path, body, message):
   with pytest.raises(UsageError, match=message):

@@ -51,7 +51,8 @@ def sweep() -> list[dict]:
   for name in ONE_STEP:
     out += _entries(name, {"objective.num_steps": 1, "eval.sampler_steps": ()})
   for name in CLEAN:
-    out += _entries(name, few, ddil=False)
+    first = {"teacher": {"config": "configs/digits_ect.py"}} if name == "tcm" else {}
+    out += _entries(name, few | first, ddil=False)
   for name in ("guided", "agd"):
     fields = few | {"objective.sampler_steps": 4, "eval.guidance_scales": (1.0, 3.0)}
     out += cross([{"config": f"configs/digits_{name}.py", **fields}], product({"arg": ("", "ddil")}))

@@ -18,6 +18,8 @@ def test_every_setting_has_its_seeds(part):
     config = trial.config()
     setting = config.copy_and_resolve_references().unlock()
     setting.seed = 0
+    if trial.after:  # its teacher is the run of its own seed
+      setting.teacher.path = trial.after.partition("-seed=")[0]
     seeds[setting.to_json_best_effort()].add(config.seed)
   assert {len(found) for found in seeds.values()} == {3 if part.startswith(("fashion", "family")) else 5}
   assert sum(map(len, seeds.values())) == len(trials)

@@ -113,6 +113,42 @@ def test_a_diverged_trial_is_a_row_and_is_tried_again_on_request(tmp_path, capsy
   assert (workdir / rows[0]["run"] / "log.txt").stat().st_mtime_ns == before
 
 
+STAGES = """
+from configs import common, digits_teacher
+from ddil_jax.sweep import product
+
+def get_config(arg=None):
+  config = digits_teacher.get_config("smoke")
+  config.model.channel_mult, config.eval.num_samples, config.eval.batch_size = (1,), 6, 6
+  config.eval.sampler_steps, config.eval.metrics, config.train.max_bad_steps = (), ("saturation",), 2
+  config.train.update(steps=4, log_every=2)
+  if arg == "second":
+    config = common.trajectory(config, name="lcm", num_scales=8, sampler_steps=2)
+    config.train.update(steps=4, log_every=2, batch_size=8)
+  return config
+
+def sweep():
+  return product({"arg": ("",), "optimizer.learning_rate": (1e30, 1e-3), "seed": (0,)}) + [
+      {"arg": "second", "optimizer.learning_rate": rate, "seed": 0, "teacher": {"arg": ""}} for rate in (1e30, 1e-3)]
+"""
+
+
+def test_a_trial_whose_teacher_is_a_trial_waits_for_it(tmp_path, capsys):
+  path, workdir = tmp_path / "mine.py", tmp_path / "sweep"
+  path.write_text(STAGES)
+  assert sweep.main(["--config", str(path), "--workdir", str(workdir), "--workers=2"]) == 1
+  rows = {row["run"]: row for row in plain_table(workdir)}
+  assert [row["status"] for row in rows.values()] == ["failed", "done", "failed", "done"]
+  bad, good, of_bad, of_good = rows
+  assert rows[of_bad]["error"] == f"the run of its teacher, {bad}, failed"
+  config = json.loads((workdir / of_good / "config.json").read_text())
+  assert config["teacher"]["path"] == str(workdir / good)
+  assert sweep.main(["--workdir", str(workdir)]) == 1
+  assert "2 of 4 trials are done already, 2 failed before" in capsys.readouterr().out
+  assert sweep.main(["--workdir", str(workdir), "--slurm"]) == 2
+  assert "start at once" in capsys.readouterr().err
+
+
 def test_schedulers_get_quoted_commands(tmp_path, capsys):
   path, workdir = write_config(tmp_path / "a b", 6, "1e-3, 2e-3"), tmp_path / "my sweep"
   assert sweep.main(["--config", path, "--workdir", str(workdir), "--print", "--config.train.batch_size=4"]) == 0
