@@ -13,6 +13,8 @@ from ddil_jax.sweep import product
 
 def get_config(arg: str | None = None) -> ConfigDict:
   config = common.generator(digits(common.common()), name="ladd", num_steps=4, r1_weight=100.0)
+  # Heads that learn no faster than the student say nothing of its images after a few hundred steps.
+  config.optimizer.update(learning_rate=1e-5, critic_learning_rate=4e-3)
   return common.apply(config, arg, {"ddil": common.half_forward})
 
 
