@@ -100,8 +100,11 @@ def override(config: ConfigDict, field: str, text: str) -> None:
   if isinstance(old, ConfigDict):
     raise UsageError(f"config.{field} is a group; set one of its fields: {', '.join(sorted(old))}")
   value = _parse(field, text, old)
-  with node.ignore_type():  # checked above; some fields have two types
+  if type(value) is type(old):
     node[last] = value
+  else:  # checked above: some fields have two types
+    with node.ignore_type():  # slow, on large configs
+      node[last] = value
 
 
 # Fields of two types: a prior is a number or a schedule, a bound a number or one per channel.

@@ -38,11 +38,14 @@ OPTIONS = {"add": dict(num_steps=2), "agd": dict(hidden=8, num_scales=8, sampler
            "embedding_loss": dict(num_steps=2, period=1, critic_weight="snr_trunc", weight_cap=100.0),
            "gdd": dict(num_steps=2, frozen="W1"), "twinflow": dict(num_scales=8)}
 NAMES = registry.names("objectives")
+# A second setting of a method; its tests are slow.
+SECOND = {"scm-difference": dict(num_scales=8, difference=0.1), "meanflow-difference": dict(num_scales=8, difference=0.1)}
 
 
 def make(name, parts=None):
   parts = parts or toys.toy_parts(reflect=transforms.reflect(transforms.clip()))
-  return parts, registry.load("objectives", name).make(parts, **OPTIONS.get(name, {}))
+  options = SECOND.get(name) or OPTIONS.get(name, {})
+  return parts, registry.load("objectives", name.partition("-")[0]).make(parts, **options)
 
 
 def teacher_for(name):
@@ -59,7 +62,7 @@ BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
 # the base methods. Nearly all time is compiling, so that they run in `make test-all`.
 ACROSS = ("f_distill", "msd")
 MODES = [pytest.param(name, mode, marks=[] if name in BASE or name in ACROSS and mode == "mesh" else [pytest.mark.slow])
-         for name in NAMES for mode in ("mesh", "pmap")]
+         for name in (*NAMES, *SECOND) for mode in ("mesh", "pmap")]
 
 
 @pytest.mark.parametrize("name, mode", MODES)
@@ -83,8 +86,8 @@ def on_one_device(name):
 
 PAIRED = ("dmd", "rf")  # which learn from pairs what they learn from no other states
 STATES = [pytest.param(name, source, marks=[pytest.mark.slow] if source == "dagger" and name not in BASE
-                       or source == "pairs" and name not in PAIRED else [])
-          for name in NAMES for source in ("forward", "student", "teacher", "dagger", "pairs")]
+                       or source == "pairs" and name not in PAIRED or name in SECOND else [])
+          for name in (*NAMES, *SECOND) for source in ("forward", "student", "teacher", "dagger", "pairs")]
 
 
 @pytest.mark.parametrize("name, source", STATES)
@@ -148,7 +151,7 @@ def test_teacher_is_an_argument(name):
 
 PROCESSES = {"edm": process.edm(), "flow": process.flow(), "stable_diffusion": process.stable_diffusion()}
 REFUSED = {"twinflow": "edm"}
-DISTILLATION = [name for name in NAMES if name != "denoising"]
+DISTILLATION = [name for name in (*NAMES, *SECOND) if name != "denoising"]
 
 
 def kinds(i, name):
