@@ -12,8 +12,8 @@ from ddil_jax.sweep import product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-  config = common.generator(digits(common.common()), name="msd", students=2, partition=(), base="dmd2", num_steps=2,
-                            period=2, critic_weight="v_mse", weight_cap=20.0)
+  config = common.generator(digits(common.common()), name="msd", students=2, partition=(), base="dmd2", vectorize=False,
+                            num_steps=2, period=2, critic_weight="v_mse", weight_cap=20.0)
   return common.apply(config, arg, {"ddil": common.half_forward})
 
 

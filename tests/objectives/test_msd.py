@@ -32,10 +32,11 @@ def test_one_student_is_the_base_method(base):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
-def test_a_student_learns_from_its_own_conditions():
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_a_student_learns_from_its_own_conditions(vectorize):
   """Its output is that of its network, and on a batch without its classes it has no gradient."""
   parts, teacher = toys.toy_parts(), toys.toy_init(jax.random.key(7))
-  objective = msd.make(parts, students=2, partition=(1, 0, 1), num_steps=2, period=1)
+  objective = msd.make(parts, students=2, partition=(1, 0, 1), num_steps=2, period=1, vectorize=vectorize)
   batch = toys.toy_batch(4) | {"label": np.array([0, 2, 2, 0], np.int32)}  # of student 1 alone
   keys = keys_lib.per_example(jax.random.key(3), batch["lane"])
   # They start as copies of the teacher, and so does the critic.
