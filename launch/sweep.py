@@ -32,6 +32,8 @@ from ddil_jax.sweep import Trial
 # Networks of a few pixels run as fast, and compile in half the time.
 SMALL = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
 
+PATIENCE = 10.0  # seconds without a trial that ended, until a line says what is under way
+
 
 def train(trial: Trial, workdir: pathlib.Path) -> None:
   """One trial, in this process; its own output goes to log.txt. An error leaves `failed.json` and is raised."""
@@ -129,18 +131,12 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
   queue, outcomes = context.Queue(), context.Queue()
   queue.cancel_join_thread()  # else a stopped sweep waits for ever for workers to take the trials that are left
   workers = min(workers, len(todo))
-  open_ = {trial.name for trial in todo}
-  for trial in todo:
-    if trial.after not in open_:
-      queue.put(trial)
   processes = [context.Process(target=worker, daemon=True, args=(i, workers, queue, outcomes, str(workdir), small))
                for i in range(workers)]
   for process in processes:
     process.start()
   try:
     failed |= _follow(todo, processes, queue, outcomes, workdir)
-    for _ in processes:
-      queue.put(None)
   except BaseException:
     print("stopping: the trials under way save their state", flush=True)
     for process in processes:
@@ -153,11 +149,22 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
 
 
 def _follow(todo, processes, queue, outcomes, workdir) -> dict[str, str]:
-  """Prints how the trials fare until all have ended, and hands out those that waited; returns {name: error}."""
-  began, done, failed = time.monotonic(), 0, {}
+  """Hands trials out, those with a teacher among them after it, and prints how they fare; returns {name: error}."""
+  began, done, failed, waiting, dismissed = time.monotonic(), 0, {}, [], False
+  names = {trial.name for trial in todo}
+  for trial in todo:
+    if trial.after in names:
+      waiting.append(trial)
+    else:
+      queue.put(trial)
   while done < len(todo):
+    # What waits for a trial that died with its worker never comes: the other workers end with what is there.
+    if not dismissed and not (waiting and all(p.is_alive() for p in processes)):
+      dismissed = True
+      for _ in processes:
+        queue.put(None)
     try:
-      name, error = outcomes.get(timeout=10)
+      name, error = outcomes.get(timeout=PATIENCE)
     except queues.Empty:
       if not any(p.is_alive() for p in processes):
         raise RunError("the worker processes ended (out of memory?); the same command continues") from None
@@ -166,9 +173,9 @@ def _follow(todo, processes, queue, outcomes, workdir) -> dict[str, str]:
     done += 1
     if error:
       failed[name] = error
-    for trial in todo:
-      if trial.after == name:
-        queue.put(trial)
+    for trial in [trial for trial in waiting if trial.after == name]:
+      waiting.remove(trial)
+      queue.put(trial)
     spent = time.monotonic() - began
     left = spent / done * (len(todo) - done)
     print(f"[{done}/{len(todo)}] {name}: {'FAILED: ' + error if error else 'done'};"

@@ -155,6 +155,30 @@ def test_a_trial_whose_teacher_is_a_trial_waits_for_it(tmp_path, capsys, names):
   assert "start at once" in capsys.readouterr().err
 
 
+DIES = """
+import multiprocessing, os, signal
+from configs import digits_teacher
+
+def get_config(arg=None):
+  if arg == "dies" and multiprocessing.parent_process():
+    os.kill(os.getpid(), signal.SIGKILL)
+  return digits_teacher.get_config("smoke")
+
+def sweep():
+  return [{"arg": "dies"}, {"arg": "waits", "teacher": {"arg": "dies"}}, {"arg": "other", "data.name": "absent"}]
+"""
+
+
+def test_a_worker_that_dies_ends_the_sweep_when_the_others_are_done(tmp_path, capsys, monkeypatch):
+  """Also where a trial waits for the one that died with it."""
+  monkeypatch.setattr(sweep, "PATIENCE", 1.0)
+  path, workdir = tmp_path / "mine.py", tmp_path / "sweep"
+  path.write_text(DIES)
+  assert sweep.main(["--config", str(path), "--workdir", str(workdir), "--workers=2"]) == 1
+  assert "the worker processes ended" in capsys.readouterr().err
+  assert [sweeps.status(trial, workdir) for trial in sweeps.load(workdir)] == ["open", "open", "failed"]
+
+
 def test_schedulers_get_quoted_commands(tmp_path, capsys):
   path, workdir = write_config(tmp_path / "a b", 6, "1e-3, 2e-3"), tmp_path / "my sweep"
   assert sweep.main(["--config", path, "--workdir", str(workdir), "--print", "--config.train.batch_size=4"]) == 0
