@@ -56,7 +56,8 @@ def rollout(policy: Policy, x_T: Array, grid: Array, cond: Cond, keys: Array,
   return jnp.concatenate([x_T[None], out]) if path else x
 
 
-def finish(policy: Policy, x_t: Array, t: Array, grid: Array, cond: Cond, keys: Array) -> Array:
+def finish(policy: Policy, x_t: Array, t: Array, grid: Array, cond: Cond, keys: Array,
+           unroll: bool = False) -> Array:
   """Follows a policy from states within a grid to its end; gradients go through all steps.
 
   The first step of an example leads from its own time to the next time of the grid below it; the times of
@@ -67,8 +68,10 @@ def finish(policy: Policy, x_t: Array, t: Array, grid: Array, cond: Cond, keys: 
     x_t: [B,H,W,C] at t [B], grid[0] >= t > grid[N].
     grid: [N+1] decreasing times.
     keys: [B]; step i draws its noise from fold_in(keys, i).
+    unroll: the steps in a row instead of in a `lax.scan`.
   """
   grid = jnp.asarray(grid, x_t.dtype)
+  count = len(grid) - 1
 
   def body(x, inputs):
     i, then = inputs
@@ -76,4 +79,9 @@ def finish(policy: Policy, x_t: Array, t: Array, grid: Array, cond: Cond, keys: 
     moved, _ = policy.step(policy.init(x), x, now, then, cond, keys_lib.normal_like(keys_lib.numbered(keys, i), x))
     return jnp.where((then < now).reshape((-1,) + (1,) * (x.ndim - 1)), moved, x), None
 
-  return jax.lax.scan(body, x_t, (jnp.arange(len(grid) - 1), grid[1:]))[0]
+  if not unroll:
+    return jax.lax.scan(body, x_t, (jnp.arange(count), grid[1:]))[0]
+  x = x_t  # `scan(unroll=True)` leaves a loop where there is one step
+  for i in range(count):
+    x, _ = body(x, (i, grid[i + 1]))
+  return x

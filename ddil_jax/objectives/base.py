@@ -104,7 +104,8 @@ class View(NamedTuple):
 
   `mean` averages values [B, ...] over the batch on all devices (of one pass where gradients are accumulated), and
   `others` gives each example [B, ...] the mean without its own; carry no gradient through them. `key` is the
-  step's, the same on every device, for what a batch has in common.
+  step's, the same on every device, for what a batch has in common. `unroll`: loops with gradients are to be written
+  out (`training/step.py::Layout`).
   """
   params: Mapping[str, Params]
   ema: Mapping[str, Params]
@@ -113,6 +114,7 @@ class View(NamedTuple):
   mean: Callable[[Array], Array] = functools.partial(jnp.mean, axis=0)
   others: Callable[[Array], Array] = lambda values: of_others(values, values.mean(axis=0), len(values))
   key: Array | None = None
+  unroll: bool = False
 
 
 class Player(NamedTuple):
@@ -318,7 +320,7 @@ def student_image(parts: Parts, objective: Objective, params: Params, view: View
   own = completed(objective, params, stop(view.teacher))
   policy = objective.solver(parts.process, bind(objective.student, own, keys_lib.named(keys, "dropout")))
   grid = objective.sampler_grid if how == "walk" else objective.sampler_grid[[0, -1]]
-  return finish(policy, states.x_t, states.t, grid, states.cond, keys_lib.named(keys, "finish"))
+  return finish(policy, states.x_t, states.t, grid, states.cond, keys_lib.named(keys, "finish"), view.unroll)
 
 
 def init_head(parts: Parts, denoiser: Denoiser, key: Array, params: Params, feature: str) -> Params:

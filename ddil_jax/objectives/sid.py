@@ -90,19 +90,19 @@ def make(parts: Parts, num_steps: int = 1, period: int = 1, alpha: float = 1.0,
   draw, teacher = draw_times(parts), guided_teacher(parts, parts.guidance_scale)
   weight_fn = weighting.make(critic_weight, cap=weight_cap)
 
-  def image(params, states, keys):
+  def image(params, view, states, keys):
     if through == "last":
       return generate(parts, params, states, keys)
     student = bind(parts.student, params, keys_lib.named(keys, "dropout"))
     policy = solvers.renoise()(process, student)
-    return finish(policy, states.x_t, states.t, grid, states.cond, keys_lib.named(keys, "finish"))
+    return finish(policy, states.x_t, states.t, grid, states.cond, keys_lib.named(keys, "finish"), view.unroll)
 
   def logits(critic, x, t, noise, cond):
     return gan_logits(process, parts.critic, parts.head, critic, x, t, noise, cond, feature)
 
   def generator_loss(params, view, states, batch, keys):
     del batch
-    x, critic = image(params, states, keys), view.params["critic"]
+    x, critic = image(params, view, states, keys), view.params["critic"]
     t, noise = draw(keys, "t", times), draw_noise(keys, "eps", states.x_t)
     fake = parts.reflect_target(parts.guidance(critic_scale)(bind(parts.critic, critic["net"])))
     loss, found = sid_loss(process, teacher(view.teacher), fake, x, t, noise, states.cond, alpha)
@@ -114,7 +114,7 @@ def make(parts: Parts, num_steps: int = 1, period: int = 1, alpha: float = 1.0,
     return loss, metrics
 
   def critic_player(params, view, states, batch, keys):
-    x = stop(image(view.params["student"], states, keys))
+    x = stop(image(view.params["student"], view, states, keys))
     t, noise = draw(keys, "critic_t", critic_times), draw_noise(keys, "critic_eps", x)
     fake = parts.guidance(critic_training_scale)(bind(parts.critic, params["net"]))
     loss, _ = critic_loss(process, fake, x, t, noise, states.cond, weight_fn)

@@ -26,7 +26,8 @@ class Layout(NamedTuple):
       is split again; None where nothing is split.
     passes: equal parts of the batch from which a gradient is accumulated.
     shards: devices over which axis 0 of a global batch is split; each contributes to every part.
-    unroll: the parts in a row instead of in a `lax.scan`: in a loop, convolution gradients are 20 times slower on CPU.
+    unroll: the parts, and the steps of a sampler through which gradients pass, in a row instead of in a `lax.scan`: in
+      a loop, convolution gradients are 20 times slower on CPU.
   """
   axis_name: str | None = None
   gather: Callable[[Params], Params] | None = None
@@ -142,7 +143,7 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
     mean = lambda values: layout.mean(values.mean(axis=0))  # noqa: E731
     others = lambda values: of_others(values, mean(values), batch_size // layout.passes)  # noqa: E731
     view = View(*({name: layout.whole(tree) for name, tree in trees.items()} for trees in (state.params, state.ema)),
-                teacher, state.step, mean, others, ctx.key)
+                teacher, state.step, mean, others, ctx.key, layout.unroll)
     params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
     all_finite = jnp.array(True)
     for player in objective.players:

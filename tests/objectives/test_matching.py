@@ -255,7 +255,8 @@ def test_finish_is_the_rest_of_the_rollout(solver):
   start = jnp.array([0, 1, 2])
   x = jnp.stack([path[k, b] for b, k in enumerate(start)])
   t = jnp.asarray(grid, jnp.float32)[start]
-  np.testing.assert_allclose(finish(policy, x, t, grid, {}, keys), path[-1], atol=1e-6)
+  for unroll in (False, True):
+    np.testing.assert_allclose(finish(policy, x, t, grid, {}, keys, unroll), path[-1], atol=1e-6)
 
 
 @pytest.mark.parametrize("name, options, message", [
