@@ -13,10 +13,10 @@ CTM's jump to the clean end or a consistency model's estimate; "walk" all steps 
 The discriminator learns at every step, the student as often as in its method. Both need the state only: defined where
 the base method is. Real images are those of the batch, never those of rollout states.
 
-Source: arXiv 2310.02279 (CTM), from notes on the authors' code; arXiv 2403.01505 (SCott), from secondary notes; no golden
-vectors. Verified: weight 0 is the base method, heads that say nothing add nothing, what a trained discriminator asks
-for. Ours: the weight is a number (CTM balances gradient norms over the batch, SCott has 0.4), the networks, a head alone
-in the place of SCott's adapter.
+Source: arXiv 2310.02279 (CTM), from notes on the authors' code; arXiv 2403.01505 (SCott), from secondary notes; no
+golden vectors. Verified: weight 0 is the base method, heads that say nothing add nothing, what a trained discriminator
+asks for. Ours: the weight is a number (CTM balances gradient norms over the batch, SCott has 0.4), the networks, a
+head alone in the place of SCott's adapter.
 """
 
 from typing import Any

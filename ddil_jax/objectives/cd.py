@@ -3,8 +3,9 @@
     x_s = one solver step of the teacher from x_t;   L = w(t) d(f(x_t, t), sg f_target(x_s, s))
 
 f satisfies f(x, t_end) = x (boundary scalings). The target network is the student itself under
-stop-gradient, or its EMA. With `from_data` the clean image takes the teacher's place (consistency
-training), which is defined on forward states only.
+stop-gradient, or its EMA. The labels need the state only, so distillation runs on every source. With
+`from_data` the clean image takes the teacher's place (consistency training): there is no teacher, and it
+is defined on forward states only.
 
 Source: arXiv 2303.01469, algorithms 2 and 3; golden vectors `cd_ve_*`, `ct_ve_*`.
 """

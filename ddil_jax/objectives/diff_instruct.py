@@ -10,9 +10,9 @@ D_fake - D_real = sigma^2 / alpha (s_fake - s_real); the release has w = 1, whic
 DMD2 without the normaliser, the GAN term and the second time scale. Defined on all states: a student that is
 trained at several times takes those of its own sampler, data or teacher states alike.
 
-Source: arXiv 2305.18455; golden vectors `diff_instruct_*`. The release starts at a noise level of its own (1 or
-5), here at the first time of the grid, and draws noise levels log-normally, here uniformly from `times` of the
-table; both are ours. Guidance of the teacher and several steps are ours too.
+Source: arXiv 2305.18455; golden vectors `diff_instruct_*`. The release starts at a noise level of its own (1 to 5
+in the golden vectors), here at the first time of the grid, and draws noise levels log-normally, here uniformly
+from `times` of the table; both are ours. Guidance of the teacher and several steps are ours too.
 """
 
 import jax.numpy as jnp

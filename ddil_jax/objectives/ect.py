@@ -1,6 +1,6 @@
 """ECT-style consistency: the pair of times comes closer in stages, its step given by a continuous rule.
 
-    r   = max(t - t (1 - ratio) (1 + 8 sigmoid(-t)), r_min),   ratio = min(1 - 1/q^stage, limit)
+    r   = max(t - t (1 - ratio) (1 + 8 sigmoid(-t)), r_min),   ratio = min(1 - 1/q^(stage + 1), limit), stage 0, 1, ...
     x_r = DDIM step t -> r with the clean image (training) or the teacher's x0 (distillation)
     L   = w(t, r) d(D(x_t, t), sg D(x_r, r)),   d = sqrt(|.|_2^2 + c^2) - c over all pixels of an image
 

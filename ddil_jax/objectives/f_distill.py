@@ -8,8 +8,9 @@ p_student:
 
     w(r) = f''(r) r^2 up to a factor: rkl 1, kl r, js r / (1 + r), sf 1 / (1 + r), sh sqrt r, jf 1 + r, neyman 1 / r
 
-r is bounded, divided by its mean at like noise levels (`ratio_bins`), and w by its mean over the batch. rkl is
-DMD2. Defined on all states; real images are those of the batch.
+r is bounded, divided by its mean at like noise levels (`ratio_bins`), and w by its mean over the batch. With rkl
+the matching gradient is DMD2's; DMD2's head is on the critic, not on the teacher. Defined on all states; real
+images are those of the batch.
 
 Source: arXiv 2502.15681; NVlabs/FastGen (the authors'), golden vectors `fg_fdistill_*` and, for the parts that
 it shares with FastGen's DMD2, `fg_dmd2_*`. FastGen keeps a running mean of r per noise level; an objective here

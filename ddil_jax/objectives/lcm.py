@@ -5,7 +5,8 @@
     L = d(f(x_t, t, g), sg f_ema(x_s, s, g)),  d = l2 or pseudo_huber
 
 The student and the target see g (an embedding of w = g - 1), the teacher does not. The EMA target
-starts as a copy. In pixels as in latents; the name follows the paper.
+starts as a copy. The labels need the state only, so it runs on every source. In pixels as in latents; the
+name follows the paper.
 
 Source: arXiv 2310.04378, algorithm 1; luosiallen/latent-consistency-model and diffusers' script
 (golden vectors `lcm_*`). Our guidance convention is u + g (c - u); theirs is w = g - 1.

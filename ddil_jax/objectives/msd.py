@@ -13,9 +13,9 @@ students. One student is the method itself.
 
 Source: arXiv 2410.23274, from secondary notes; no golden vectors. Verified: one student is the base method, students
 learn from their own conditions alone, and two reach what one cannot on a mixture of two classes. As in the paper,
-classes that follow each other belong together by default. Ours: the base is a choice (the paper's are DMD and DMD2), the
-students share a critic, and gradients are clipped by the norm over all of them. DMD's regression is on the pairs of
-a student's own conditions; the paper shows all pairs to each. Not here: smaller students and their first stage.
+classes that follow each other belong together by default. Ours: the base is a choice (the paper's are DMD and DMD2),
+the students share a critic, and gradients are clipped by the norm over all of them. DMD's regression is on the pairs
+of a student's own conditions; the paper shows all pairs to each. Not here: smaller students and their first stage.
 """
 
 from typing import Any

@@ -1,11 +1,14 @@
 """sCM: continuous-time consistency in TrigFlow coordinates, with a normalised and warmed-up tangent.
 
 With tan(tau) = sigma / (alpha c), c = sigma_data, and x^ = c x_t / sqrt(alpha^2 c^2 + sigma^2), which is
-cos(tau) x0 + sin(tau) c eps, every process is TrigFlow and a denoiser is D = cos(tau) x^ - sin(tau) c F(x^, tau). The consistency function is D:
+cos(tau) x0 + sin(tau) c eps, every process is TrigFlow and a denoiser is D = cos(tau) x^ - sin(tau) c F(x^, tau).
+The consistency function is D:
 
     dx^/dtau = c F_teacher, or -sin(tau) x0 + cos(tau) c eps
     g  = -cos^2(tau) (c F - dx^/dtau) - warm cos(tau) sin(tau) (x^ + c dF/dtau)
-    L  = w |F - sg(F + g / (|g| + 0.1))|^2,   dF/dtau by jvp along (dx^/dtau, 1),   w = 1 / tan(tau)
+    L  = w mean_pixels (F - sg(F + g / (|g| + 0.1)))^2,   w = alpha / sigma = 1 / (c tan(tau))
+
+dF/dtau is a Jacobian-vector product along (dx^/dtau, 1).
 
 With the teacher's slope it runs on every source; with the data's on forward states and teacher pairs. As in
 `meanflow`, the derivative is also offered as a difference, on the arc on which the slope turns x^.

@@ -11,11 +11,12 @@ The gradient goes through x_tau into both networks; only w is stopped. With the 
 expectation of L w is (1 - alpha) E mean (f_T - f_psi)^2: 0 at alpha = 1, and a distance with the wrong sign
 above it, where the gradient through f_psi is what matters. Guidance acts in three places: teacher (kappa_4, the
 config's teacher.guidance_scale), critic in the generator's loss (kappa_2 = kappa_3, `critic_scale`), critic in
-its own training (kappa_1, `critic_training_scale`). 0 is a critic that sees no condition (Zero-CFG, with
-teacher scale 1), a negative scale is Anti-CFG.
+its own training (kappa_1, `critic_training_scale`). At 0 the critic sees no condition: both critic scales 0 and
+the teacher's 1 are Zero-CFG, negative critic scales Anti-CFG.
 
 With `through="all"` the student walks on from the state to the end of its grid and the gradient goes through
-all those calls; "last" takes the image of the state itself, so the uniform mixture over the steps is matched.
+all those calls; "last" takes the image of the state itself, so the uniform mixture over the steps is matched. Both
+need the state only: defined on all states. Real images (SiDA) are those of the batch.
 
 Source: arXiv 2404.04057 (SiD), 2410.14919 (SiDA), 2406.01561 (SiD-LSG), 2505.12674 (few steps); golden vectors
 `sid_*`, `sid_lsg_*`, `sida_*`. The releases sum over pixels, here is the mean; they start at sigma 2.5 or

@@ -8,8 +8,8 @@
 
 z_gamma has signal scale alpha_t and noise scale sigma_gamma, for a variance-preserving process exactly
 so if z_t is a Markov step from z_s. The network sees the time t, and gamma in the slot of the guidance
-scale, as w = 10 (1 - gamma): gamma = 1 is no embedding at all, and the loss is LCM's. The labels need
-the state only, so it runs on every source.
+scale, as w = 10 (1 - gamma): gamma = 1 is w = 0, what a network that is told no scale embeds, and the loss is
+LCM's. Where x_t is (nearly) pure noise gamma is 1. The labels need the state only, so it runs on every source.
 
 Source: arXiv 2404.13903; MCG-NJU/SPLAM (golden vectors `splam_*`). Outside variance preservation
 (flow, noise levels) sigma_gamma is our reading: sqrt((sigma_s r)^2 + gamma^2 (sigma_t^2 - (sigma_s r)^2)),

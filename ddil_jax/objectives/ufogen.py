@@ -8,8 +8,8 @@ From data x0: x_t ~ q(x_t | x0), x^ = G(x_t, t), and at a smaller time t' = t - 
 
 h is a head on the critic's features at (x_t', t'), and the critic's network learns with it. Clamped logits have
 no gradient: a discriminator that is right by more than c waits. SNR times the x0 error is the error of eps. The
-loss needs x0, so it is defined on forward states only: a rollout state has no clean image to be the real side
-or the target. Sampling re-noises x^, in one step or several.
+loss needs x0, so it is defined on forward states and teacher pairs: a rollout state has no clean image to be the
+real side or the target. Sampling re-noises x^, in one step or several.
 
 Source: arXiv 2311.09257 and 2306.12511 (SIDDMs), after the first author's repository xuyanwu/SIDDMs-UFOGen;
 golden vectors `ufogen_*`. Its networks predict a variance too, with a term that trains it; ours do not. Its
