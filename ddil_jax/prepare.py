@@ -258,5 +258,7 @@ def _summary(out, index: prepared.Index) -> str:
     lines.append(f"{sum(index.skipped.values()):,} skipped: {top}; all in {prepared.SKIPPED}")
   if index.truncated:
     length = index.fields["tokens"]["shape"][0]
-    lines.append(f"warning: {index.truncated:,} prompts have more than {length} tokens and were cut")
+    lines.append(f"warning: {index.truncated:,} "
+                 + (f"prompt has more than {length} tokens and was cut" if index.truncated == 1 else
+                    f"prompts have more than {length} tokens and were cut"))
   return "\n".join(lines)

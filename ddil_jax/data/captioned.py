@@ -17,7 +17,9 @@ from ddil_jax.errors import UsageError
 
 CAPTIONS = "captions.jsonl"
 _LARGEST_IMAGE, _LARGEST_TEXT = 256 * 2**20, 2**20  # bytes of a file
-_HELD_OUT = ("test", "val", "validation")  # splits of tfds that are not trained on
+# Splits of tfds that are not trained on; coco_captions has most of COCO's validation images in "restval".
+_HELD_OUT = ("test", "val", "validation", "restval")
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 class Example(NamedTuple):
@@ -41,7 +43,7 @@ class Source(NamedTuple):
   Attributes:
     kind: "folder", "zip", "webdataset", "tfds" or "prompts".
     name: of its file or folder.
-    identities: one a example; it changes when the example does, as far as can be told without reading the image.
+    identities: one for each example; it changes when the example does, as far as can be told without reading the image.
     read: index -> Example; raises whatever damaged files raise.
     skipped: (name, reason) of what is there and is no example.
     has_images: whether the examples have images.
@@ -59,9 +61,10 @@ def open_source(path: str | os.PathLike) -> Source:
 
   * A folder with `captions.jsonl`, whose lines are objects with `file` (in the folder) and `caption`.
   * A `.zip` of images with that file in it or beside it.
-  * A folder of `.tar` files with `KEY.jpg` (or another image) and `KEY.txt`, or `KEY.json` with a `caption`.
+  * A folder of `.tar` files with `KEY.jpg` (or another image) and `KEY.txt`, or `KEY.json` with a `caption`; a key has
+    no dot, as in webdataset.
   * A folder that tfds has prepared with the features `image` and `captions`, such as coco_captions: the first caption
-    of each image; val and test are the test split.
+    of each image; val, restval and test are the test split.
   * A `.txt` or `.jsonl` of prompts, one a line; the object's `caption` or `prompt`.
 
   Raises:
@@ -74,9 +77,11 @@ def open_source(path: str | os.PathLike) -> Source:
         return _open_folder(path)
       if (path / "dataset_info.json").is_file():
         return _open_tfds(path)
+      packed = sorted(p.name for p in path.iterdir() if p.name.lower().endswith(_PACKED))
       if tars := sorted(path.glob("*.tar")):
-        return _open_tars(path, tars)
-      raise UsageError(f"{path} has no {CAPTIONS}, no .tar files and no dataset_info.json of tfds")
+        return _open_tars(path, tars, packed)
+      raise UsageError(f"{path} has no {CAPTIONS}, no .tar files and no dataset_info.json of tfds"
+                       + (f"; {packed[0]} is compressed: unpack it to .tar" if packed else ""))
     if not path.is_file():
       raise UsageError(f"no folder or file {path}")
     if path.suffix == ".zip":
@@ -215,17 +220,18 @@ class _Member(NamedTuple):
     return data
 
 
-def _open_tars(root, tars) -> Source:
+def _open_tars(root, tars, packed) -> Source:
   found: dict[str, dict[str, _Member]] = {}
-  skipped = []
+  skipped = [(name, "a compressed tar file: unpack it to .tar") for name in packed]
   for path in tars:
     for member in _members(path):
       name = pathlib.PurePosixPath(member.name)
       stem, _, suffix = name.name.partition(".")
-      suffix = f".{suffix.lower()}"
+      suffix, where = f".{suffix.lower()}", f"{path.stem}/{name}"
       if member.isdir() or suffix not in (*folder.SUFFIXES, ".txt", ".json"):
+        if not member.isdir() and name.suffix.lower() in folder.SUFFIXES:
+          skipped.append((where, "a second dot in its name: a key ends at the first one"))
         continue
-      where = f"{path.stem}/{name}"
       if member.name.startswith("/") or ".." in name.parts:
         skipped.append((where, "points out of the source"))
       elif not member.isreg() or member.issparse():
@@ -297,11 +303,13 @@ def _open_tfds(root) -> Source:
     texts = [text.decode() if isinstance(text, bytes) else str(text) for text in example["captions"]["text"]]
     name = example.get("image/filename", b"")
     name = (name.decode() if isinstance(name, bytes) else str(name)) or f"{at:09d}"
-    return Example(f"{split}/{name}", texts[0] if texts else "", example["image"],
-                   "test" if split in _HELD_OUT else "train")
+    return Example(f"{split}/{name}", texts[0] if texts else "", example["image"], side(split))
+
+  def side(split):
+    return "test" if split in _HELD_OUT else "train"
 
   stat = (root / "dataset_info.json").stat()
-  identities = [f"{split}/{i:09d}\0{stat.st_size}\0{stat.st_mtime_ns}" for split, i in places]
+  identities = [f"{split}/{i:09d}\0{stat.st_size}\0{stat.st_mtime_ns}\0{side(split)}" for split, i in places]
   return Source("tfds", f"{builder.name}/{builder.version}", identities, read)
 
 

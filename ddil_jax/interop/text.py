@@ -53,8 +53,8 @@ class Prompts:
     for file, own, folder in zip(encoders, self._tokenizers, folders, strict=True):
       network = diffusers.load(file)
       if not isinstance(network.module, TextEncoder):
-        raise UsageError(f"{file} is a {network.about['config'].get('_class_name', 'network')}, no text encoder; `ddil"
-                         " convert PIPELINE --component=text_encoder` makes one")
+        raise UsageError(f"{file} holds {network.about['config'].get('_class_name', 'a network')}, no text encoder;"
+                         " `ddil convert PIPELINE --component=text_encoder` makes one")
       if len(own) > network.module.vocabulary:
         raise UsageError(f"{folder} has {len(own):,} tokens, {file} knows {network.module.vocabulary:,}: they do not"
                          " belong together")

@@ -232,9 +232,11 @@ def test_webdataset(tmp_path):
       "dir/a.png": making.png(making.pixels(0)), "dir/a.txt": b"from a text",
       "b.png": making.png(making.pixels(1)), "b.json": json.dumps({"caption": "from json", "x": 1}).encode(),
       "c.png": b"", "d.txt": b"no picture", "e.png": making.png(making.pixels(4)), "e.json": b"[]", "f.cls": b"7",
-      "../g.png": b"", "h.png": making.png(making.pixels(5))}, {"i.png": "/etc/passwd"})
+      "../g.png": b"", "h.png": making.png(making.pixels(5)), "j.v2.png": b"", "j.v2.txt": b"a", "3.5mm.PNG": b"",
+      "b.seg.png": b""}, {"i.png": "/etc/passwd"})
   making.write_tar(folder / "001.tar", {"a.PNG": making.png(making.pixels(2)), "a.txt": b"another a",
                                         "a.json": b"{}", "a.jpg": b"second"})
+  (folder / "002.tar.gz").write_bytes(b"")
   source = captioned.open_source(folder)
   assert source.kind == "webdataset" and len(source.identities) == 4
   examples = [source.read(i) for i in (0, 1, 3)]
@@ -243,9 +245,12 @@ def test_webdataset(tmp_path):
   assert [e.image for e in examples] == [making.png(making.pixels(i)) for i in range(3)]
   assert dict(source.skipped) == {
       "000/c": "no caption", "000/d": "no image", "000/../g.png": "points out of the source", "000/h": "no caption",
-      "000/i.png": "no plain file", "001/a.jpg": "a second one of its key"}
+      "000/i.png": "no plain file", "001/a.jpg": "a second one of its key",
+      "002.tar.gz": "a compressed tar file: unpack it to .tar"} | dict.fromkeys(
+          ("000/j.v2.png", "000/3.5mm.PNG", "000/b.seg.png"), "a second dot in its name: a key ends at the first one")
   assert run(folder, tmp_path / "out") == 0
-  assert prepared.read_index(tmp_path / "out").skipped["no text 'caption'"] == 1
+  skipped = prepared.read_index(tmp_path / "out").skipped
+  assert skipped["no text 'caption'"] == 1 and skipped["a second dot in its name: a key ends at the first one"] == 3
 
 
 def test_huge_files_are_not_read(tmp_path, monkeypatch):
@@ -280,7 +285,8 @@ class Coco(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})}))
 
   def _split_generators(self, dl_manager):
-    return {"train": self._generate_examples(0, 5), "val": self._generate_examples(5, 7)}
+    return {"train": self._generate_examples(0, 5), "val": self._generate_examples(5, 7),
+            "restval": self._generate_examples(7, 9)}
 
   def _generate_examples(self, start, end):
     for i in range(start, end):
@@ -290,14 +296,14 @@ class Coco(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def test_tfds(tmp_path):
-  """The first caption of each image; the set's own splits."""
+  """The first caption of each image; the set's own splits, of which all but "train" are held out."""
   tfds.disable_progress_bar()
   builder = Coco(data_dir=tmp_path / "tfds", file_format="array_record")
   builder.download_and_prepare()
   assert run(builder.data_path, tmp_path / "out") == 0
   train, test = (load(tmp_path / "out", split) for split in ("train", "test"))
   assert sorted(train.captions) == [f"caption {i}" for i in range(4)]
-  assert sorted(test.captions) == ["caption 5", "caption 6"]
+  assert sorted(test.captions) == [f"caption {i}" for i in range(5, 9)]
   assert train.skipped == (("train/004.jpg", "no caption"),)
   for data in (train, test):
     for image, caption in zip(data.images, data.captions, strict=True):
@@ -491,6 +497,7 @@ def test_records_are_safetensors():
     (["{tmp}/bad.zip", "--image_size=8"], "bad.zip cannot be read: File is not a zip file"),
     (["{tmp}/alone/alone.zip", "--image_size=8"], "alone.zip has no captions.jsonl in it or beside it"),
     (["{tmp}/bad.txt", "--image_size=8"], "bad.txt cannot be read: 'utf-8' codec"),
+    (["{tmp}/packed", "--image_size=8"], "no .tar files and no dataset_info.json of tfds; 0.tgz is compressed: unpack"),
     (["{tmp}/tars", "--image_size=8"], "tars/0.tar cannot be read as an uncompressed tar file: "),
     (["{tmp}/tfds", "--image_size=8"], "cannot read the prepared data in"),
     (["{src}"], "give --image_size=N"),
@@ -510,7 +517,7 @@ def test_records_are_safetensors():
 ])
 def test_bad_arguments(many, tmp_path, refuse, arguments, words):  # noqa: F811
   for name, data in {"x.bin": b"1", "bad.zip": b"1", "bad.txt": b"\xff\xfe", "tars/0.tar": b"x" * 600,
-                     "tfds/dataset_info.json": b"{"}.items():
+                     "packed/0.tgz": b"", "tfds/dataset_info.json": b"{"}.items():
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(data)
   (tmp_path / "alone").mkdir()
@@ -531,7 +538,7 @@ def test_networks_that_do_not_fit(many, pipeline_folder, tmp_path, refuse):  # n
 
   assert "is no autoencoder of colour images" in line(swapped["vae"])
   assert "--image_size=15 is no multiple of 2" in line(files["vae"], "--image_size=15")
-  assert "is a AutoencoderKL, no text encoder" in line("--image_size=8", swapped["text_encoder"], tokenizer)
+  assert "holds AutoencoderKL, no text encoder" in line("--image_size=8", swapped["text_encoder"], tokenizer)
   assert "need the pipeline's folder" in line("--image_size=8", files["text_encoder"], files["text_encoder_2"],
                                               tokenizer)
   assert "has no projection" in line("--image_size=8", files["text_encoder"], swapped["text_encoder_2"],

@@ -84,7 +84,7 @@ def test_stable_diffusion(theirs, source, pipeline_folder, tmp_path, capsys):
   files = [f"--{name}={pipeline_folder / name}.safetensors" for name in ("vae", "text_encoder")]
   assert main(["prepare", str(source), f"--out={tmp_path}/out", *files, f"--tokenizer={pipeline_folder / 'tokenizer'}",
                "--keep_images", "--shard_size=4"]) == 0
-  assert "warning: 1 prompts have more than 12 tokens and were cut" in capsys.readouterr().out
+  assert "warning: 1 prompt has more than 12 tokens and was cut" in capsys.readouterr().out
   data, rows = load_all(tmp_path / "out")
   assert sum(map(len, rows.values())) == COUNT
   names = {line["caption"]: [] for line in map(json.loads, (source / "captions.jsonl").read_text().splitlines())}
