@@ -1,10 +1,11 @@
 r"""Guided distillation on digits, stage one: a student that is told the guidance scale.
 
-Stage two is progressive distillation of its student: `configs/digits_pd.py` with objective.guidance_range, and the
-embedding of the scale in teacher and student.
+With `lora` it trains a LoRA and the embedding of the scale alone. Stage two is progressive distillation of its student.
 
     python -m ddil_jax train --config=configs/digits_guided.py:ddil --workdir=runs/guided \
         --config.teacher.path=runs/digits_teacher
+    python -m ddil_jax train --config=configs/digits_pd.py:stage_two --workdir=runs/guided_pd \
+        --config.teacher.path=runs/guided
 """
 
 from configs import common
@@ -20,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.guidance_embedding = 32
   config.teacher.guidance_scale = 3.0  # at which it is evaluated
   config.eval.sampler_steps = (4,)
-  return common.apply(config, arg)
+  return common.apply(config, arg, {"lora": common.lora})
 
 
 def sweep() -> list[dict]:

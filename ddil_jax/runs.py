@@ -128,9 +128,11 @@ def _stage_configs(config, workdir) -> list[ConfigDict]:
     stage.unlock()
     stage.objective.num_steps, stage.train.stages = num_steps, ()
     if i:
-      # The guided function belongs to the first teacher; its student has the guidance in it, and
-      # was trained at its own times only.
-      stage.teacher.guidance_scale, stage.teacher.folded_guidance_scale = 1.0, config.teacher.guidance_scale
+      # The guided function belongs to the first teacher; its student has the guidance in it (where it is not told
+      # the scale), and was trained at its own times only.
+      stage.teacher.guidance_scale = 1.0
+      if not samplers.reads_guidance(config):
+        stage.teacher.folded_guidance_scale = config.teacher.guidance_scale
       stage.states.teacher_steps = steps[i - 1]
       stage.teacher.path, stage.teacher.ema = str(workdir / f"stage_{steps[i - 1]}"), stage.eval.ema
     stages.append(stage.lock())

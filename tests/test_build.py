@@ -8,7 +8,7 @@ import pytest
 from ddil_jax import build as build_lib
 from ddil_jax import config as config_lib
 from ddil_jax import keys as keys_lib
-from ddil_jax import samplers
+from ddil_jax import runs, samplers
 from ddil_jax.data import pipeline
 from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.errors import UsageError
@@ -151,6 +151,16 @@ def test_a_sampling_grid_of_ones_own():
   params = built.objective.init(jax.random.key(0), built.init_teacher(jax.random.key(1)))["student"]
   keys, cond = jax.random.split(jax.random.key(2), 3), {"label": jnp.arange(3)}
   np.testing.assert_array_equal(own.sample(params, keys, cond), two.sample(params, keys, cond))
+
+
+def test_students_of_all_stages_are_told_the_scale(tmp_path):
+  """Stage two of guided distillation: each student is measured at every scale, since none has one folded in."""
+  guided, told = (runs._stage_configs(load(f"digits_pd.py:smoke,{arg}", train__stages="(4, 2)"), tmp_path)
+                  for arg in ("guided", "stage_two"))
+  scales = lambda stage: [s.guidance_scale for s in samplers.samplers(stage, build_lib.build(stage))]  # noqa: E731
+  assert [scales(stage) for stage in told] == [[1.0, 3.0], [1.0, 3.0]]
+  assert [scales(stage) for stage in guided] == [[3.0], [3.0]]
+  assert [stage.teacher.folded_guidance_scale for stage in (*told, *guided)] == [0, 0, 0, 3.0]
 
 
 def test_the_teacher_takes_some_of_the_steps():
