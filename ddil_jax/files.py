@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -31,7 +32,8 @@ def write_bytes(path, data: bytes) -> None:
 def whole(path) -> Iterator[BinaryIO]:
   """A file to write that takes its place when all is written; see `write_bytes`."""
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # No process id: those of two machines or containers may be the same, on one file system.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
