@@ -5,8 +5,9 @@
     L   = w(t, r) d(D(x_t, t), sg D(x_r, r)),   d = sqrt(|.|_2^2 + c^2) - c over all pixels of an image
 
 D is the student as denoiser: at the clean end it is the identity without further scalings. With the clean
-image it is defined on forward states and teacher pairs; with `from_data=False` on every source. At ratio 0
-r is the clean end and L regresses on the image itself.
+image it is defined on forward states and teacher pairs, and as no estimate of the teacher is used its guidance
+scale must be 1; with `from_data=False` it is defined on every source. At ratio 0 r is the clean end and L
+regresses on the image itself.
 
 Source: arXiv 2406.14548; NVlabs/FastGen (golden vectors `fg_cm_*`; parts of `fg_parts`). Ours: the rule is in
 the process' own time, in units of its range where that is not a noise level or a flow time; the stages.
@@ -90,6 +91,9 @@ def make(parts: Parts, num_scales: int = 32, sampler_steps: int = 2, from_data: 
   if stage_steps < 1 or q <= 1 or not 0 < ratio_limit < 1:
     raise UsageError(f"ect: stage_steps {stage_steps} must be at least 1, q {q} above 1, ratio_limit {ratio_limit} in"
                      " (0, 1)")
+  if from_data and parts.guidance_scale != 1:
+    raise UsageError(f"ect: from data no estimate of the teacher is used, so guidance scale {parts.guidance_scale:g}"
+                     " has no meaning; set it to 1, or from_data to False")
   process, grid = parts.process, parts.make_grid(num_scales)
   teacher = guided_teacher(parts, parts.guidance_scale)
   unit = process.t_max if process.t_max > 1 and process.name != "edm" else 1.0

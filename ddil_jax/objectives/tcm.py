@@ -4,9 +4,9 @@
     L = L_ect(D; t > t')                                        a consistency step of `ect` between t and r
       + boundary_weight d(student(x_t', t'), sg first(x_r, r)) / (t' - r),   x_r the step of `ect` from t'
 
-The first stage is a consistency model, a run of `ect`: it takes the place of the teacher. The step from t to r
-is made with the clean image, so it is defined on forward states and teacher pairs; on rollout states no image
-belongs to x_t. At the boundary the state is the same image and noise at t'.
+The first stage is a consistency model, a run of `ect`: it takes the place of the teacher, and is not guided: its
+guidance scale must be 1. The step from t to r is made with the clean image, so it is defined on forward states and
+teacher pairs; on rollout states no image belongs to x_t. At the boundary the state is the same image and noise at t'.
 
 Source: arXiv 2410.14895; NVlabs/FastGen (golden vectors `fg_tcm_*`). The original takes the first rows of a
 permutation of the batch for the boundary and means over both parts; here a coin per example decides, and the
@@ -48,6 +48,9 @@ def make(parts: Parts, num_scales: int = 32, sampler_steps: int = 1, transition:
   if not 0 < boundary_share < 1 or not 0 <= ratio < 1 or not transition > 0:
     raise UsageError(f"tcm: boundary_share {boundary_share} must be in (0, 1), ratio {ratio} in [0, 1), transition"
                      f" {transition} positive")
+  if parts.guidance_scale != 1:
+    raise UsageError(f"tcm: the teacher is the first stage, a consistency model, so guidance scale"
+                     f" {parts.guidance_scale:g} has no meaning; set it to 1")
   process, whole = parts.process, parts.make_grid(num_scales)
   with np.errstate(divide="ignore"):
     level = np.asarray(process.sigma(jnp.asarray(whole[:-1])) / process.alpha(jnp.asarray(whole[:-1])))

@@ -61,6 +61,29 @@ def test_sid_goes_through_both_networks():
   np.testing.assert_array_equal(by_x(x, real), 0)
 
 
+@pytest.mark.parametrize("scale, estimate", [(0.0, lambda c, u: u), (-1.0, lambda c, u: 2 * u - c)])
+def test_sid_guides_its_critic(scale, estimate):
+  """At 0 (Zero-CFG) it sees no condition, below 0 (Anti-CFG) it is led away from it, in both losses."""
+  parts, batch, teacher = toys.toy_parts(process.cosine()), toys.toy_batch(4), toys.toy_init(jax.random.key(7))
+  keys, cond = keys_lib.per_example(jax.random.key(0), batch["lane"]), {"label": jnp.asarray(batch["label"])}
+  states = States(jnp.ones_like(batch["image"]), jnp.ones(4), jnp.zeros(4, jnp.int32), cond, jnp.zeros(4, jnp.int32),
+                  batch["image"])
+  params = {"student": teacher, "critic": {"net": toys.toy_init(jax.random.key(3))}}
+  view = View(params, {}, teacher, jnp.zeros((), jnp.int32))
+
+  def losses(critic, scale):
+    objective = sid.make(parts._replace(critic=critic), critic_scale=scale, critic_training_scale=scale,
+                         critic_weight="constant")
+    return np.stack([player.loss(params[player.name], view, states, batch, keys)[0] for player in objective.players])
+
+  def expected(params, x_t, t, cond, *rest):
+    return estimate(*(parts.critic(params, x_t, t, each, *rest) for each in (cond, toys.null(cond))))
+
+  found = losses(parts.critic, scale)
+  np.testing.assert_allclose(found, losses(expected, 1.0), rtol=1e-5)
+  assert np.abs(found / losses(parts.critic, 1.0) - 1).max(axis=1).min() > 1e-2
+
+
 def test_sida_terms_at_zero():
   zero = jnp.zeros((3,))
   np.testing.assert_allclose(sid.gan_terms(zero), np.log(2), rtol=1e-6)
@@ -275,10 +298,14 @@ def test_wrong_options_are_named(name, options, message):
     registry.load("objectives", name).make(toys.toy_parts(), **options)
 
 
-@pytest.mark.parametrize("name", ["ladd", "ufogen", "gdd"])
+@pytest.mark.parametrize("name", ["ladd", "ufogen", "gdd", "ect", "tcm"])
 def test_no_guidance_where_no_estimate_is_used(name):
   with pytest.raises(UsageError, match=f"{name}: .*guidance scale 2"):
     registry.load("objectives", name).make(toys.toy_parts(guidance_scale=2.0))
+
+
+def test_ect_from_the_teacher_is_guided():
+  assert not registry.load("objectives", "ect").make(toys.toy_parts(guidance_scale=2.0), from_data=False).needs_x0
 
 
 def test_ufogen_needs_clean_data():
