@@ -242,11 +242,21 @@ def test_differences_in_place_of_the_derivative_are_of_second_order(setting, met
 
 
 def test_scott_without_noise_in_one_step_is_cd(setting):
-  p, _, toy, _, _, x_t = setting
-  s, keys = TIMES - 0.1, keys_lib.per_example(jax.random.key(0), jnp.arange(3))
-  teacher = toy(1)
-  found = scott.stochastic_steps(p, teacher, x_t, TIMES, s, {}, keys, 1, 0.0)
-  np.testing.assert_allclose(found, solvers.ddim_step(p, x_t, teacher(x_t, TIMES, {}), TIMES, s), atol=1e-6)
+  p, _, _, x0, eps, _ = setting
+  parts, k = toys.toy_parts(p), jnp.array([0, 3, 7], jnp.int32)
+  student, average, teacher = (toys.toy_init(jax.random.key(seed)) for seed in range(3))
+  keys = keys_lib.per_example(jax.random.key(0), jnp.arange(3))
+  view = View({}, {"target": average}, teacher, jnp.zeros((), jnp.int32))
+
+  def loss(module, **options):
+    objective = module.make(parts, num_scales=9, target_decay=0.95, **options)
+    t = jnp.asarray(objective.grid, jnp.float32)[k]
+    states = States(add_noise(p, x0, eps, t), t, k, {"label": k % 3}, jnp.zeros(3, jnp.int32), x0)
+    return objective.players[0].loss(student, view, states, {}, keys)[0]
+
+  expected = loss(cd, solver="ddim")
+  np.testing.assert_allclose(loss(scott, solver_steps=1, eta=0.0), expected, rtol=1e-5)
+  assert (np.abs(loss(scott, solver_steps=1, eta=1.0) / expected - 1)[:2] > 1e-2).all()
 
 
 def test_scott_full_noise_has_the_posterior_moments():
