@@ -387,9 +387,11 @@ def make_states(config: ConfigDict, parts: Parts, objective: Objective) -> State
     raise UsageError("config.states: the priors sum to 0; give at least one of "
                      f"{', '.join(SOURCES)} a positive value")
   priors_lib.check_sum((schedules[name] for name in wanted), config.train.steps)
-  if objective.needs_x0 and not set(wanted) <= set(WITH_X0):
+  refused = [name for name in wanted if name not in WITH_X0]
+  if objective.needs_x0 and refused:
+    taken = "forward" if objective.teacher is None else " and ".join(WITH_X0)
     raise UsageError(f"objective '{objective.name}' needs the clean image, which rollout states do not have:"
-                     f" set config.states to forward only, not {', '.join(wanted)}")
+                     f" of config.states it takes {taken} only, not {', '.join(refused)}")
   process_, draw, condition = parts.process, objective.draw, objective.condition
 
   def student_policy(ctx: Context) -> Policy:

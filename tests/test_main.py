@@ -212,8 +212,11 @@ FIELDS = [
     ("pd", "teacher.channel_mult=(1.5,)", ["teacher.channel_mult=(1.5,)", "whole number"]),
     ("pd", "teacher.guidance_scale=1e400", ["teacher.guidance_scale", "not finite"]),
     ("pd:ddil", "states.capacity=8", ["states.capacity=8", "batch_size"]),
-    ("teacher:ddil", "", ["denoising", "forward only"]),
-    ("teacher", "states.student=1.0", ["denoising", "clean image"]),
+    ("teacher:ddil", "", ["denoising", "takes forward only, not student, teacher"]),
+    ("teacher", "states.student=1.0", ["objective 'denoising'", "clean image"]),
+    *((name, "states.student=1.0", [f"objective '{name}'", "clean image", "takes forward and pairs only, not student"])
+      for name in ("ect", "rf", "tcm", "ufogen")),
+    ("ect", "teacher.guidance_scale=3.0", ["ect: from data", "guidance scale 3"]),
     ("lcm", "objective.guidance_range=(1.0,3.0)", ["guidance_range", "guidance_embedding"]),
     ("lcm", "objective.guidance_range=(3.0,1.0)", ["guidance_range", "g_min <= g_max"]),
     ("pd", "teacher.path=nowhere", ["nowhere", "run's workdir"]),
