@@ -3,8 +3,8 @@
     python -m launch.coco --workdir=runs/sd15_lcm --data=data/coco
 
 The data are those of `ddil prepare --keep_images` on coco_captions, the networks those of `ddil convert-extractor`
-(docs/user_guide.md). Samples are of the captions of the validation images, one each; for the diversity ten of each of
-1,000. Writes coco.json in the run's folder.
+(docs/user_guide.md). Samples are of the captions of the validation images, each another one; for the diversity ten of
+each of 1,000. Writes coco.json in the run's folder.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 
 from ddil_jax import config as config_lib
 from ddil_jax import files, trained
+from ddil_jax.data import prepared
+from ddil_jax.errors import UsageError
 from launch.sweep import exit_code
 
 RESULT = "coco.json"
@@ -30,9 +32,41 @@ def parts(args) -> dict[str, dict[str, str]]:
                              "eval.samples_per_prompt": str(args.samples_per_prompt)}}
 
 
+def check(args, own) -> None:
+  """Raises UsageError for data of which the numbers would not be what they are called.
+
+  Args:
+    own: `data` of the run's config.
+  """
+  index = prepared.read_index(args.data)
+  there = sum(len(shard.test) for shard in index.shards)
+  for flag, wanted in (("num_samples", args.num_samples), ("prompts", args.prompts)):
+    if wanted > there:
+      raise UsageError(f"--{flag}={wanted}: {args.data} has {there} test examples, and each sample has a caption of its"
+                       " own; if it was prepared before restval of coco_captions was held out, run the same"
+                       " `ddil prepare` again")
+  if own.name != "prepared":
+    raise UsageError(f"{args.workdir} was trained on {own.name}, not on a set of `ddil prepare`")
+  if not (pathlib.Path(own.path) / prepared.INDEX).is_file():
+    print(f"{own.path}, on which the run was trained, is not here: whether {args.data} was prepared with the same networks"
+          " cannot be checked")
+    return
+  ours = prepared.read_index(own.path)
+  theirs, wanted = index.settings["files"], ours.settings["files"]
+  for name in sorted(theirs.keys() | wanted.keys()):
+    if theirs.get(name, {}).get("sha256") != wanted.get(name, {}).get("sha256"):
+      right = f"with --{name}={wanted[name]['name']}" if name in wanted else f"without --{name}"
+      raise UsageError(f"{args.data} was prepared with another {name} than {own.path}, on which the run was trained:"
+                       f" prepare it {right}")
+  if index.image_shape != ours.image_shape:
+    raise UsageError(f"{args.data} has {list(index.image_shape)} an example, {own.path}, on which the run was trained,"
+                     f" {list(ours.image_shape)}: prepare it with --image_size={ours.settings['image_size']}")
+
+
 def evaluate(args) -> int:
   """Measures both parts and writes them together, {part: rows}."""
   workdir, found = pathlib.Path(args.workdir), {}
+  check(args, trained.saved_config(workdir).data)
   configs = {}
   for part, fields in parts(args).items():
     configs[part] = trained.saved_config(workdir)
