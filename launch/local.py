@@ -4,11 +4,13 @@
         --config.train.parallel=mesh --config.teacher.path=runs/teacher
 
 Each process gets --coordinator, --num_processes and --process_id. If one of them dies the others cannot go
-on: they are ended, and with --restarts=N all are started again from the last checkpoint, up to N times.
+on: they are ended, and with --restarts=N all are started again from the last checkpoint, up to N times, but not
+when the launcher was asked to stop.
 The exit code is that of `ddil train`: 0, 1 the run failed, 2 wrong usage, 130 stopped by a signal.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -16,13 +18,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 
 from ddil_jax import config as config_lib
 from ddil_jax import main as cli
 from ddil_jax.errors import UsageError
 
 GRACE = 60.0  # seconds in which a process that is asked to stop may finish its step and save
-SETTLED = (0, 2, 130)  # done, wrong usage, stopped: starting again would not help
+STOPPED = 130
+SETTLED = (0, 2, STOPPED)  # done, wrong usage, stopped: starting again would not help
 
 
 def commands(processes: int, port: int, arguments: list[str]) -> list[list[str]]:
@@ -61,44 +65,55 @@ def environment(devices: int) -> dict[str, str]:
 
 
 def run(processes: int, devices: int, arguments: list[str], restarts: int = 0, grace: float = GRACE) -> int:
-  """Runs all processes to their end, and again where one failed.
+  """Runs all processes to their end, and again where one failed and nobody asked to stop.
 
   Args:
     devices: virtual CPU devices of each process; 0 leaves the devices alone.
     restarts: how often to start again.
     grace: seconds that the others get when one has ended badly.
   """
-  for attempt in range(restarts + 1):
-    codes = _once(commands(processes, free_port(), arguments), environment(devices), grace)
-    code = next((c for c in codes if c), 0)
-    if not any(c not in SETTLED for c in codes) or attempt == restarts:
-      break
-    print(f"launch: exit codes {codes}; starting again ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)
-  return code if code in SETTLED else 1
+  with _requests() as asked:
+    for attempt in range(restarts + 1):
+      codes = _once(commands(processes, free_port(), arguments), environment(devices), grace, asked)
+      if asked:  # the signal itself ends a process that does not train yet
+        codes = [STOPPED if code < 0 else code for code in codes]
+      failed = any(code not in SETTLED for code in codes)
+      if not failed or asked or attempt == restarts:
+        break
+      print(f"launch: exit codes {codes}; starting again ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)
+  return 1 if failed else max(codes)
 
 
-def _once(all_commands, env, grace) -> list[int]:
-  """The exit codes; SIGINT and SIGTERM are passed on once, and wait for the processes to save."""
-  started = [subprocess.Popen(command, env=env, start_new_session=True) for command in all_commands]
-
-  def forward(number, frame):
-    del number, frame
-    for process in started:
-      process.terminate()
-
-  old = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def _requests() -> Iterator[list[int]]:
+  """The requests to stop that have come: SIGINT and SIGTERM."""
+  asked = []
+  old = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
   try:
-    deadline = None
+    yield asked
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
+
+
+def _once(all_commands, env, grace, asked: Sequence[int] = ()) -> list[int]:
+  """The exit codes; each request to stop is passed on, and the processes may save."""
+  started, passed_on, deadline = [], 0, None
+  try:
+    for command in all_commands:
+      started.append(subprocess.Popen(command, env=env, start_new_session=True))
     while any(process.poll() is None for process in started):
       time.sleep(0.05)
+      if len(asked) > passed_on:
+        passed_on = len(asked)
+        for process in started:
+          process.terminate()
       if deadline is None and any(process.poll() not in (None, 0) for process in started):
         deadline = time.monotonic() + grace
       if deadline is not None and time.monotonic() > deadline:
         for process in started:
           process.kill()
   finally:
-    for number, handler in old.items():
-      signal.signal(number, handler)
     for process in started:
       process.kill()
       process.wait()

@@ -148,6 +148,36 @@ def test_the_launcher_ends_and_starts_again(tmp_path, monkeypatch, capfd):
   assert capfd.readouterr().err.count("starting again") == 1
 
 
+# One that says so when it could be stopped, and one that then has its launcher asked to stop.
+STAND_INS = ("""
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, {handler})
+open({ready!r}, "a").write("x")
+time.sleep(60)
+""", """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, {handler})
+while not os.path.exists({ready!r}):
+  time.sleep(0.01)
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+""")
+
+
+@pytest.mark.parametrize("handler, code", [
+    ("signal.SIG_DFL", 130),  # importing
+    ("lambda *_: sys.exit(130)", 130),
+    ("lambda *_: sys.exit(1)", 1),  # no space for the last step
+])
+def test_a_launcher_that_was_asked_to_stop_starts_nothing(tmp_path, monkeypatch, capfd, handler, code):
+  """Whatever comes of the processes' saving, also where it would be started again otherwise."""
+  ready = tmp_path / "ready"
+  codes = [text.format(handler=handler, ready=str(ready)) for text in STAND_INS]
+  monkeypatch.setattr(local, "commands", lambda *arguments: [[sys.executable, "-c", text] for text in codes])
+  assert local.run(2, 0, [], restarts=3) == code
+  assert ready.read_text() == "x" and "starting again" not in capfd.readouterr().err
+
+
 def test_sigterm_to_one_of_two(tmp_path):
   """Both finish the same step, save it, and end with 130."""
   command = [sys.executable, "-m", "launch.local", "--processes=2", "--devices=2", "--", "train",
