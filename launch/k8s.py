@@ -14,7 +14,6 @@ import sys
 
 from ddil_jax.errors import UsageError
 from launch import rendering
-from launch.local import checked_arguments
 
 PORT = 8476
 
@@ -38,7 +37,7 @@ def manifest(arguments: list[str], name: str, image: str, claim: str, pods: int,
     raise UsageError(f"--pods={pods} --gpus={gpus}: at least 1 pod and 0 GPUs are needed")
   variables = {"DDIL_COORDINATOR": f"{name}-0.{name}:{PORT}", "DDIL_NUM_PROCESSES": str(pods)}
   container = {
-      "name": "run", "image": image, "command": ["python", "-m", "ddil_jax", *checked_arguments(arguments)],
+      "name": "run", "image": image, "command": ["python", "-m", "ddil_jax", *rendering.job_arguments(arguments)],
       # Without buffers, so that what a pod said before it was killed is in its log.
       "env": [{"name": key, "value": value} for key, value in (variables | {"PYTHONUNBUFFERED": "1"}).items()],
       "ports": [{"containerPort": PORT}], "volumeMounts": [{"name": "data", "mountPath": "/data"}],

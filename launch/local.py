@@ -27,6 +27,7 @@ from ddil_jax.errors import UsageError
 GRACE = 60.0  # seconds in which a process that is asked to stop may finish its step and save
 STOPPED = 130
 SETTLED = (0, 2, STOPPED)  # done, wrong usage, stopped: starting again would not help
+WATCHDOG = "train.watchdog_seconds"
 
 
 def commands(processes: int, port: int, arguments: list[str]) -> list[list[str]]:
@@ -35,15 +36,25 @@ def commands(processes: int, port: int, arguments: list[str]) -> list[list[str]]
            f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)]
 
 
-def checked_arguments(arguments: list[str]) -> list[str]:
-  """Arguments of `ddil train` that several processes can run. Raises UsageError."""
+def checked_arguments(arguments: list[str], watchdog_seconds: int = 0) -> list[str]:
+  """Arguments of `ddil train` that several processes can run.
+
+  Args:
+    watchdog_seconds: added where neither the arguments nor their config set a watchdog.
+
+  Raises:
+    UsageError: arguments of something else, a mistake in them, or a run of one process.
+  """
   known, rest = cli.parser().parse_known_args(arguments)
   if known.command != "train" or not known.config:
     raise UsageError("`train --config=FILE.py[:ARG] --workdir=DIR ...` is needed after --")
-  mode = config_lib.load(known.config, cli.overrides_of(rest, "train")).train.parallel
-  if mode != "mesh":
-    raise UsageError(f"train.parallel is {mode}; several processes need --config.train.parallel=mesh")
-  return arguments
+  overrides = cli.overrides_of(rest, "train")
+  train = config_lib.load(known.config, overrides).train
+  if train.parallel != "mesh":
+    raise UsageError(f"train.parallel is {train.parallel}; several processes need --config.train.parallel=mesh")
+  if not watchdog_seconds or train.watchdog_seconds or WATCHDOG in overrides:
+    return arguments
+  return [*arguments, f"--config.{WATCHDOG}={watchdog_seconds}"]
 
 
 def free_port() -> int:

@@ -8,6 +8,11 @@ from collections.abc import Callable
 
 from ddil_jax import files
 from ddil_jax.errors import UsageError
+from launch.local import checked_arguments
+
+# Of a job that nobody watches. A step's compilation counts: one of Stable Diffusion's size took more than 72 minutes on
+# two cores.
+WATCHDOG_SECONDS = 3 * 3600
 
 
 def parser(prog: str, about: str, out: str) -> argparse.ArgumentParser:
@@ -18,6 +23,11 @@ def parser(prog: str, about: str, out: str) -> argparse.ArgumentParser:
   args.add_argument("--dry_run", action="store_true", help="print what would be written, write nothing")
   args.add_argument("arguments", nargs="+", metavar="-- train ...", help="of `python -m ddil_jax`")
   return args
+
+
+def job_arguments(arguments: list[str]) -> list[str]:
+  """Arguments of `ddil train`, checked, and with a watchdog where they set none. Raises UsageError."""
+  return checked_arguments(arguments, WATCHDOG_SECONDS)
 
 
 def deliver(prog: str, found: argparse.Namespace, render: Callable[[], str], start: str) -> int:

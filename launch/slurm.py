@@ -15,7 +15,6 @@ import sys
 
 from ddil_jax.errors import UsageError
 from launch import rendering
-from launch.local import checked_arguments
 
 SECONDS_TO_SAVE = 120
 
@@ -39,7 +38,7 @@ def script(arguments: list[str], nodes: int, gpus: int, time: str, name: str = "
     raise UsageError(f"--time={time}: a limit such as 24:00:00 or 2-00:00:00 is needed")
   if not re.fullmatch(r"[\w.-]+", name):
     raise UsageError(f"--name={name}: letters, digits, '.', '_' and '-' only")
-  command = shlex.join(["python", "-m", "ddil_jax", *checked_arguments(arguments)])
+  command = shlex.join(["python", "-m", "ddil_jax", *rendering.job_arguments(arguments)])
   return f"""#!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --nodes={nodes}

@@ -15,7 +15,6 @@ import sys
 
 from ddil_jax.errors import UsageError
 from launch import rendering
-from launch.local import checked_arguments
 
 SECONDS_TO_SAVE = 120
 
@@ -37,7 +36,7 @@ def script(arguments: list[str], name: str, zone: str, folder: str, restarts: in
       raise UsageError(f"--{flag}={value}: small letters, digits and '-' are possible, beginning with a letter")
   if restarts < 0:
     raise UsageError(f"--restarts={restarts}: at least 0 is needed")
-  train = shlex.join([".venv/bin/python", "-m", "ddil_jax", *checked_arguments(arguments), "--cluster=tpu"])
+  train = shlex.join([".venv/bin/python", "-m", "ddil_jax", *rendering.job_arguments(arguments), "--cluster=tpu"])
   # The brackets keep a pattern from finding the shell that looks for it.
   left = "pgrep -f '[d]dil_jax train' >/dev/null"
   stop = (f"pkill -TERM -f '[d]dil_jax train'; for i in $(seq {SECONDS_TO_SAVE}); do {left} || exit 0; sleep 1; done;"

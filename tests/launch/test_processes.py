@@ -12,10 +12,15 @@ import time
 import kubernetes_validate
 import pytest
 
+from ddil_jax import config as config_lib
+from ddil_jax import main
 from ddil_jax.training import processes
-from launch import k8s, local, slurm, tpu
+from launch import k8s, local, rendering, slurm, tpu
 
 TRAIN = ["train", "--config=configs/digits_dmd2.py:smoke", "--workdir=my runs/$(rm -rf x)", "--config.train.parallel=mesh"]
+
+# As a job runs it.
+JOB = [*TRAIN, "--config.train.watchdog_seconds=10800"]
 
 
 def check_script(path):
@@ -37,7 +42,7 @@ def test_slurm(tmp_path, capsys):
   for line in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=2-00:00:00", "--requeue"):
     assert f"#SBATCH {line}\n" in text
   (line,) = re.findall(r"^srun --kill-on-bad-exit=1 (.*)$", text, re.M)
-  assert shlex.split(line) == ["python", "-m", "ddil_jax", *TRAIN]
+  assert shlex.split(line) == ["python", "-m", "ddil_jax", *JOB]
   # The script as bash runs it, with srun and scontrol that say what they are given.
   for code, requeued in ((0, False), (2, False), (1, True), (130, True)):
     stand_ins = f"srun() {{ printf '%s\\n' \"$@\"; return {code}; }}; scontrol() {{ echo requeued \"$@\"; }}\n"
@@ -73,7 +78,7 @@ def test_tpu(tmp_path, capsys):
     assert calls[0][:7] == ["compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=us-central2-b", "--worker=all"]
     flag, _, remote = calls[0][7].partition("=")
     assert flag == "--command" and shlex.split(remote) == [
-        "cd", "my folder", "&&", "exec", ".venv/bin/python", "-m", "ddil_jax", *TRAIN, "--cluster=tpu"]
+        "cd", "my folder", "&&", "exec", ".venv/bin/python", "-m", "ddil_jax", *JOB, "--cluster=tpu"]
 
 
 def test_what_the_tpu_script_ends_on_a_worker(tmp_path):
@@ -101,12 +106,27 @@ def test_k8s(capsys):
   spec, pod = job["spec"], job["spec"]["template"]["spec"]
   assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (3, 3, "Indexed")
   (container,) = pod["containers"]
-  assert container["command"] == ["python", "-m", "ddil_jax", *TRAIN]  # no shell
+  assert container["command"] == ["python", "-m", "ddil_jax", *JOB]  # no shell
   assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
   assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == service["metadata"]["name"] == "dmd2"
   assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
   environ = {entry["name"]: entry["value"] for entry in container["env"]} | {"JOB_COMPLETION_INDEX": "2"}
   assert processes.find(environ=environ) == processes.Cluster("kubernetes", "dmd2-0.dmd2:8476", 3, 2)
+
+
+def test_a_job_has_a_watchdog_unless_it_says_otherwise(tmp_path):
+  """Flags and the config's own value stay, also a 0, which is none."""
+  known, overrides = main.parser().parse_known_args(rendering.job_arguments(TRAIN))
+  assert config_lib.load(known.config, main.overrides_of(overrides, "train")).train.watchdog_seconds == 10800
+  for own in (["--config.train.watchdog_seconds=600"], ["--config.train.watchdog_seconds=0"],
+              ["--config.train.watchdog_seconds", "600"]):
+    assert rendering.job_arguments([*TRAIN, *own]) == [*TRAIN, *own]
+  path = tmp_path / "mine.py"
+  path.write_text("from configs import digits_teacher\n\ndef get_config(arg=None):\n  config ="
+                  " digits_teacher.get_config('smoke')\n  config.train.watchdog_seconds = 60.0\n  return config\n")
+  own = ["train", f"--config={path}", *TRAIN[2:]]
+  assert rendering.job_arguments(own) == own
+  assert local.checked_arguments(TRAIN) == TRAIN  # somebody sits before it
 
 
 def test_local(capsys):
