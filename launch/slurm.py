@@ -6,7 +6,8 @@
     sbatch run.sh
 
 The processes find each other by what SLURM sets. Two minutes before a job's time is over SLURM sends SIGTERM: the
-run finishes its step, saves, and ends with 130. However it ends it is queued again, unless it is done or wrong usage.
+run finishes its step, saves, and ends with 130. Then it is queued again. So is a run that failed, unless by wrong usage,
+until the job has been queued --restarts times.
 """
 
 import re
@@ -19,7 +20,8 @@ from launch import rendering
 SECONDS_TO_SAVE = 120
 
 
-def script(arguments: list[str], nodes: int, gpus: int, time: str, name: str = "ddil", log: str = "%x-%j.txt") -> str:
+def script(arguments: list[str], nodes: int, gpus: int, time: str, name: str = "ddil", restarts: int = 100,
+           log: str = "%x-%j.txt") -> str:
   """The batch script.
 
   Args:
@@ -27,6 +29,7 @@ def script(arguments: list[str], nodes: int, gpus: int, time: str, name: str = "
     nodes, gpus: how many nodes, and GPUs of each.
     time: limit as SLURM has it, "24:00:00" or "2-00:00:00".
     name: of the job.
+    restarts: a run that fails is queued again while SLURM has queued its job less often than that, for any reason.
     log: file of the output; SLURM fills in %x and %j.
 
   Raises:
@@ -34,6 +37,8 @@ def script(arguments: list[str], nodes: int, gpus: int, time: str, name: str = "
   """
   if nodes < 1 or gpus < 1:
     raise UsageError(f"--nodes={nodes} --gpus={gpus}: at least 1 of each is needed")
+  if restarts < 0:
+    raise UsageError(f"--restarts={restarts}: at least 0 is needed")
   if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", time):
     raise UsageError(f"--time={time}: a limit such as 24:00:00 or 2-00:00:00 is needed")
   if not re.fullmatch(r"[\w.-]+", name):
@@ -55,8 +60,13 @@ srun --kill-on-bad-exit=1 {command}
 code=$?
 case "$code" in
   0|2) exit "$code" ;;
-  *) scontrol requeue "$SLURM_JOB_ID" ;;
+  130) ;;
+  *) if (( ${{SLURM_RESTART_COUNT:-0}} >= {restarts} )); then
+       echo "run ended with $code, and its job was queued again {restarts} times or more" >&2
+       exit "$code"
+     fi ;;
 esac
+scontrol requeue "$SLURM_JOB_ID"
 """
 
 
@@ -67,9 +77,10 @@ def main(argv: list[str] | None = None) -> int:
   args.add_argument("--gpus", type=int, default=1, help="of each node; a process for each")
   args.add_argument("--time", default="24:00:00", help="limit of the job")
   args.add_argument("--name", default="ddil")
+  args.add_argument("--restarts", type=int, default=100, help="times the job is queued again when the run fails")
   found = args.parse_args(argv)
   return rendering.deliver("launch.slurm", found, lambda: script(found.arguments, found.nodes, found.gpus, found.time,
-                                                                 found.name), "sbatch")
+                                                                 found.name, found.restarts), "sbatch")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def check_script(path):
 def test_slurm(tmp_path, capsys):
   """Valid bash, in which the values that could be code are words; and what it does with each exit code."""
   path = tmp_path / "run.sh"
-  assert slurm.main(["--nodes=2", "--gpus=4", "--time=2-00:00:00", f"--out={path}", "--", *TRAIN]) == 0
+  assert slurm.main(["--nodes=2", "--gpus=4", "--time=2-00:00:00", "--restarts=3", f"--out={path}", "--", *TRAIN]) == 0
   assert f"sbatch {path}" in capsys.readouterr().out
   check_script(path)
   text = path.read_text()
@@ -44,10 +44,11 @@ def test_slurm(tmp_path, capsys):
   (line,) = re.findall(r"^srun --kill-on-bad-exit=1 (.*)$", text, re.M)
   assert shlex.split(line) == ["python", "-m", "ddil_jax", *JOB]
   # The script as bash runs it, with srun and scontrol that say what they are given.
-  for code, requeued in ((0, False), (2, False), (1, True), (130, True)):
+  for code, before, requeued in ((0, "", False), (2, "", False), (1, "", True), (130, "", True), (1, "2", True),
+                                 (1, "3", False), (137, "4", False), (130, "4", True)):
     stand_ins = f"srun() {{ printf '%s\\n' \"$@\"; return {code}; }}; scontrol() {{ echo requeued \"$@\"; }}\n"
-    done = subprocess.run(["bash", "-c", stand_ins + text], env={"SLURM_JOB_ID": "7", "PATH": "/nowhere"},
-                          executable="/bin/bash", capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", stand_ins + text], executable="/bin/bash", capture_output=True, text=True,
+                          env={"SLURM_JOB_ID": "7", "PATH": "/nowhere"} | ({"SLURM_RESTART_COUNT": before} if before else {}))
     said = done.stdout.splitlines()
     assert said[:5] == ["--kill-on-bad-exit=1", "python", "-m", "ddil_jax", "train"] and TRAIN[2] in said
     assert ("requeued requeue 7" in said) == requeued and done.returncode == (0 if requeued else code)
@@ -144,6 +145,7 @@ def test_local(capsys):
     (slurm, ["--nodes=0"], TRAIN, "--nodes=0"),
     (slurm, ["--time=1 day"], TRAIN, "24:00:00"),
     (slurm, ["--name=a b"], TRAIN, "letters, digits"),
+    (slurm, ["--restarts=-1"], TRAIN, "at least 0"),
     (slurm, [], [*TRAIN, "--config.train.stepz=3"], "did you mean steps"),
     (tpu, ["--name=Pod", "--zone=z"], TRAIN, "small letters"),
     (tpu, ["--name=pod", "--zone=z", "--restarts=-1"], TRAIN, "at least 0"),
