@@ -2,7 +2,7 @@
 
 `sweep()` gives a list of dicts, one a trial: {"arg": the config's argument, "FIELD": value, ...};
 "config" names another file than its own; {"teacher": {"config": "FILE", "FIELD": value, ...}} has as its teacher the run
-of another trial of the list, which is the same but for what is named. `product`, `zipped` and `cross` make such lists.
+of another trial of the list, which is the same but for what is named (a field of None it does not have). `product`, `zipped` and `cross` make such lists.
 
 A sweep's folder holds `sweep.json` (the trials), one run directory a trial, `results.csv` and
 `results.parquet`. A trial that failed has a `failed.json` in its folder that says why.
@@ -91,7 +91,8 @@ def trials(spec: str, overrides: Mapping[str, str] | None = None, workdir: pathl
            for name, value in entry.items() if name not in ("arg", "config", "teacher")}
     name, after = _name(entry, varying), ""
     if "teacher" in entry:
-      first = {name: value for name, value in entry.items() if name != "teacher"} | entry["teacher"]
+      first = {name: value for name, value in (entry | {"teacher": None} | entry["teacher"]).items()
+               if value is not None}
       after = _name(first, varying)
       if after not in out or first not in entries:
         raise UsageError(f"sweep() of {file}: the teacher of trial {name} must be an earlier trial of the list, which"

@@ -32,10 +32,13 @@ UNGUIDED = ("ladd", "gdd", "ufogen", "ect", "tcm")
 MEASURED = {"eval.metrics": ("fd", "coverage"), "eval.shift_samples": 0}
 
 
-def _entries(name: str, fields: dict, ddil: bool = True) -> list[dict]:
-  scales = ({},) if name in UNGUIDED else ({}, {"teacher.guidance_scale": 3.0})
+BOTH = ({}, {"teacher.guidance_scale": 3.0})
+
+
+def _entries(name: str, fields: dict, ddil: bool = True, scales: tuple[dict, ...] | None = None) -> list[dict]:
   entry = {"config": f"configs/digits_{name}.py", **fields}
-  return cross([entry], [{"arg": arg} for arg in (("", "ddil") if ddil else ("",))], list(scales))
+  return cross([entry], [{"arg": arg} for arg in (("", "ddil") if ddil else ("",))],
+               list(scales or (BOTH[:1] if name in UNGUIDED else BOTH)))
 
 
 def sweep() -> list[dict]:
@@ -54,7 +57,15 @@ def sweep() -> list[dict]:
   for name in CLEAN:
     first = {"teacher": {"config": "configs/digits_ect.py"}} if name == "tcm" else {}
     out += _entries(name, few | first, ddil=False)
+  # What it has of data it can have of the teacher, on all states.
+  out += _entries("ect", few | {"objective.from_data": False}, scales=BOTH)
+  jumps, told = few | {"objective.sampler_steps": 4}, {"eval.guidance_scales": (1.0, 3.0)}
   for name in ("guided", "agd"):
-    fields = few | {"objective.sampler_steps": 4, "eval.guidance_scales": (1.0, 3.0)}
-    out += cross([{"config": f"configs/digits_{name}.py", **fields}], product({"arg": ("", "ddil")}))
+    out += cross([{"config": f"configs/digits_{name}.py", **jumps, **told}], product({"arg": ("", "ddil")}))
+  out.append({"config": "configs/digits_guided.py", "arg": "lora", **jumps, **told})
+  # Its teacher is the first of the two stages, of the same seed.
+  stages = {"config": "configs/digits_pd.py", **told, "train.stages": (4, 2, 1), "states.teacher_steps": 16}
+  first = {"config": "configs/digits_guided.py", "arg": "", **dict.fromkeys(stages.keys() - told.keys() - {"config"}),
+           **jumps, **told}
+  out += cross([stages | {"teacher": first}], product({"arg": ("stage_two", "ddil,stage_two")}))
   return cross(product({"seed": SEEDS}), out, [MEASURED])

@@ -25,6 +25,8 @@ from ddil_jax.evaluation.report_rows import Row
 from ddil_jax.evaluation.report_table import fmt
 
 COUNTS = (4, 2, 1)  # sampling steps of the columns
+# Fields in which runs of one method are not the same method.
+FORMS = ("objective.from_data", "objective.guidance_range", "model.lora")
 BASE = "base"
 
 
@@ -33,7 +35,7 @@ class Line(NamedTuple):
 
   Attributes:
     family: the heading it stands under.
-    method: as shown, "msd (dmd2)" of one around another.
+    method: as shown, with what else sets it apart: "msd (dmd2)" of one around another, "guided (lora=4)".
     scale: of the guidance.
     trained: steps that the student was trained for; 0 of stages, one for each number of steps.
     variant: base, +ddil, ...
@@ -76,13 +78,33 @@ def lines(rows: Iterable[Row], families: Mapping[str, Iterable[str]]) -> list[Li
   if len(names) > 1:
     raise UsageError(f"distances measured in unlike ways cannot stand in one table: {', '.join(sorted(names))}")
   family = {method: heading for heading, methods in families.items() for method in methods}
-  places = list(family)
+  places, shown = list(family), _shown(rows)
   grouped = collections.defaultdict(list)
   for row in rows:
-    grouped[row.objective, row.guidance_scale, _trained(row), row.variant].append(row)
-  known = lambda key: places.index(key[0]) if key[0] in places else len(places)  # noqa: E731
-  order = sorted(grouped, key=lambda key: (known(key), key[0], key[1], -key[2], key[3] != BASE, key[3]))
-  return [_line(family.get(key[0], "Others"), key, grouped[key]) for key in order]
+    grouped[row.objective, shown(row), row.guidance_scale, _trained(row), row.variant].append(row)
+  known = lambda name: places.index(name) if name in places else len(places)  # noqa: E731
+  order = sorted(grouped, key=lambda key: (known(key[0]), *key[:3], -key[3], key[4] != BASE, key[4]))
+  return [_line(family.get(key[0], "Others"), key[1:], grouped[key]) for key in order]
+
+
+def _shown(rows: list[Row]):
+  """row -> its method with what sets it apart from others of the same objective."""
+  values = collections.defaultdict(set)
+  for row in rows:
+    for field in FORMS:
+      values[row.objective, field].add(repr(row.config.get(field)))
+
+  def shown(row):
+    base = row.config.get("objective.base")
+    apart = [base] if base else []
+    for field in FORMS:
+      value = row.config.get(field)
+      if value and len(values[row.objective, field]) > 1:
+        text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+        apart.append(field.partition(".")[2] + (f"={text}" if value is not True else ""))
+    return f"{row.objective} ({', '.join(apart)})" if apart else row.objective
+
+  return shown
 
 
 def _trained(row: Row) -> int:
@@ -92,8 +114,7 @@ def _trained(row: Row) -> int:
 
 
 def _line(family, key, rows) -> Line:
-  objective, scale_, trained, variant = key
-  base = rows[0].config.get("objective.base")
+  method, scale_, trained, variant = key
   values = {kind: collections.defaultdict(dict) for kind in ("fd@", "coverage@")}
   fates, cost = collections.defaultdict(list), collections.defaultdict(list)
   for row in rows:
@@ -106,7 +127,7 @@ def _line(family, key, rows) -> Line:
       cost[row.steps].append(sum(r.step_seconds * r.config["train.steps"] for r in before))
   median = lambda found: float(np.median(found)) if found else None  # noqa: E731
   return Line(
-      family, f"{objective} ({base})" if base else objective, scale_, trained, variant,
+      family, method, scale_, trained, variant,
       {n: of for n, of in values["fd@"].items() if of}, {n: of for n, of in values["coverage@"].items() if of},
       {row.steps: row.network_evaluations for row in rows if row.network_evaluations}, dict(fates),
       median([row.step_seconds for row in rows if row.step_seconds is not None]),

@@ -48,7 +48,7 @@ def test_correlation_reads_the_parts_that_were_run(tmp_path, capsys):
 
 def family_results(workdir):
   """Results as some trials of the family leave them; distances follow from seed and setting."""
-  for trial in sweep.trials("configs/study/family.py", {"teacher.path": str(workdir / "teacher")}):
+  for trial in sweep.trials("configs/study/family.py", {"teacher.path": str(workdir / "teacher")}, workdir / "family"):
     name = trial.name.removeprefix("digits_").partition("-")[0]
     if name not in ("pd", "lcm", "dmd") or "teacher.guidance_scale" in trial.overrides:
       continue
@@ -83,7 +83,8 @@ def test_the_table_of_all_methods(tmp_path, capsys, monkeypatch):
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
   lines = {(row[0], row[2], row[3]): row[4:] for row in cells[2:]}
   assert list(lines) == [("teacher's own sampler", "", ""), ("**Base methods**", "", ""),
-                         *((name, trained, variant) for name, trained in (("pd", "each"), ("lcm", "4"))
+                         *((name, trained, variant) for name, trained in (
+                             ("pd", "each"), ("pd (guidance_range=1.0,5.0)", "each"), ("lcm", "4"))
                            for variant in ("base", "+ddil")), ("**Score and distribution matching**", "", ""),
                          ("dmd", "4", "base"), ("dmd", "4", "+ddil"), ("dmd", "1", "base")]
   assert lines["teacher's own sampler", "", ""][:3] == ["9.00", "-", "-"]  # measured in another way is not shown
