@@ -3,7 +3,7 @@
     python -m launch.local --processes=2 -- train --config=configs/digits_dmd2.py:ddil --workdir=runs/dmd2 \\
         --config.train.parallel=mesh --config.teacher.path=runs/teacher
 
-Each process gets --coordinator, --num_processes and --process_id. If one of them dies the others cannot go
+Each process gets --coordinator, --num_processes and --process_id, and where there are GPUs one of its own. If one of them dies the others cannot go
 on: they are ended, and with --restarts=N all are started again from the last checkpoint, up to N times, but not
 when the launcher was asked to stop.
 The exit code is that of `ddil train`: 0, 1 the run failed, 2 wrong usage, 130 stopped by a signal.
@@ -30,9 +30,12 @@ SETTLED = (0, 2, STOPPED)  # done, wrong usage, stopped: starting again would no
 WATCHDOG = "train.watchdog_seconds"
 
 
-def commands(processes: int, port: int, arguments: list[str]) -> list[list[str]]:
-  """One command a process."""
-  return [[sys.executable, "-m", "ddil_jax", *arguments, f"--coordinator=localhost:{port}",
+def commands(processes: int, port: int, arguments: list[str], gpus: int = 0) -> list[list[str]]:
+  """One command a process; with `gpus` > 0 each has as many of its own, else it sees all."""
+  def own(i):  # read by jax.distributed.initialize
+    return ["env", f"JAX_LOCAL_DEVICE_IDS={','.join(map(str, range(i * gpus, (i + 1) * gpus)))}"] if gpus else []
+
+  return [[*own(i), sys.executable, "-m", "ddil_jax", *arguments, f"--coordinator=localhost:{port}",
            f"--num_processes={processes}", f"--process_id={i}"] for i in range(processes)]
 
 
@@ -75,17 +78,19 @@ def environment(devices: int) -> dict[str, str]:
       {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": str(2 * devices)} if devices else {})
 
 
-def run(processes: int, devices: int, arguments: list[str], restarts: int = 0, grace: float = GRACE) -> int:
+def run(processes: int, devices: int, arguments: list[str], restarts: int = 0, grace: float = GRACE,
+        gpus: int = 0) -> int:
   """Runs all processes to their end, and again where one failed and nobody asked to stop.
 
   Args:
     devices: virtual CPU devices of each process; 0 leaves the devices alone.
     restarts: how often to start again.
     grace: seconds that the others get when one has ended badly.
+    gpus: of each process; 0 leaves them alone.
   """
   with _requests() as asked:
     for attempt in range(restarts + 1):
-      codes = _once(commands(processes, free_port(), arguments), environment(devices), grace, asked)
+      codes = _once(commands(processes, free_port(), arguments, gpus), environment(devices), grace, asked)
       if asked:  # the signal itself ends a process that does not train yet
         codes = [STOPPED if code < 0 else code for code in codes]
       failed = any(code not in SETTLED for code in codes)
@@ -137,18 +142,22 @@ def main(argv: list[str] | None = None) -> int:
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
   args.add_argument("--processes", type=int, default=2)
   args.add_argument("--devices", type=int, default=0, help="virtual CPU devices of each process; 0: the real ones")
+  args.add_argument("--gpus", type=int, help="of each process; default: 1, or all where there is one process only")
   args.add_argument("--restarts", type=int, default=0, help="starts after a failure")
   args.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
   args.add_argument("arguments", nargs="+", metavar="-- train ...", help="of `python -m ddil_jax`")
   found = args.parse_args(argv)
+  gpus = int(found.processes > 1 and not found.devices) if found.gpus is None else found.gpus
   try:
-    if found.processes < 1 or found.devices < 0 or found.restarts < 0:
-      raise UsageError("--processes of at least 1, --devices and --restarts of at least 0 are needed")
+    if found.processes < 1 or found.devices < 0 or found.restarts < 0 or gpus < 0:
+      raise UsageError("--processes of at least 1, --devices, --gpus and --restarts of at least 0 are needed")
+    if gpus and found.devices:
+      raise UsageError("--devices are of the CPU: with them there are no --gpus")
     arguments = checked_arguments(found.arguments)
     if found.dry_run:
-      print("\n".join(map(shlex.join, commands(found.processes, free_port(), arguments))))
+      print("\n".join(map(shlex.join, commands(found.processes, free_port(), arguments, gpus))))
       return 0
-    return run(found.processes, found.devices, arguments, found.restarts)
+    return run(found.processes, found.devices, arguments, found.restarts, gpus=gpus)
   except UsageError as error:
     print(f"launch.local: {error}", file=sys.stderr)
     return 2

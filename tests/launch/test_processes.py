@@ -47,8 +47,9 @@ def test_slurm(tmp_path, capsys):
   for code, before, requeued in ((0, "", False), (2, "", False), (1, "", True), (130, "", True), (1, "2", True),
                                  (1, "3", False), (137, "4", False), (130, "4", True)):
     stand_ins = f"srun() {{ printf '%s\\n' \"$@\"; return {code}; }}; scontrol() {{ echo requeued \"$@\"; }}\n"
-    done = subprocess.run(["bash", "-c", stand_ins + text], executable="/bin/bash", capture_output=True, text=True,
-                          env={"SLURM_JOB_ID": "7", "PATH": "/nowhere"} | ({"SLURM_RESTART_COUNT": before} if before else {}))
+    environ = {"SLURM_JOB_ID": "7", "PATH": "/nowhere"} | ({"SLURM_RESTART_COUNT": before} if before else {})
+    done = subprocess.run(["bash", "-c", stand_ins + text], env=environ, executable="/bin/bash", capture_output=True,
+                          text=True)
     said = done.stdout.splitlines()
     assert said[:5] == ["--kill-on-bad-exit=1", "python", "-m", "ddil_jax", "train"] and TRAIN[2] in said
     assert ("requeued requeue 7" in said) == requeued and done.returncode == (0 if requeued else code)
@@ -133,13 +134,37 @@ def test_a_job_has_a_watchdog_unless_it_says_otherwise(tmp_path):
 def test_local(capsys):
   assert local.main(["--processes=2", "--dry_run", "--", *TRAIN]) == 0
   lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-  assert [line[1:-3] for line in lines] == [["-m", "ddil_jax", *TRAIN]] * 2
+  assert [line[:2] for line in lines] == [["env", f"JAX_LOCAL_DEVICE_IDS={i}"] for i in range(2)]
+  assert [line[3:-3] for line in lines] == [["-m", "ddil_jax", *TRAIN]] * 2
   assert [line[-1] for line in lines] == ["--process_id=0", "--process_id=1"]
   assert lines[0][-3:-1] == lines[1][-3:-1] and lines[0][-2] == "--num_processes=2"
 
 
+@pytest.mark.parametrize("options, ids", [
+    (["--processes=2", "--gpus=4"], ["0,1,2,3", "4,5,6,7"]),
+    (["--processes=2", "--gpus=0"], None),
+    (["--processes=2", "--devices=2"], None),
+    (["--processes=1"], None),
+])
+def test_gpus_of_local_processes(options, ids, capsys):
+  """Each has its own, by default one of several; virtual CPU devices and a single process are left alone."""
+  assert local.main([*options, "--dry_run", "--", *TRAIN]) == 0
+  assert re.findall(r"^env JAX_LOCAL_DEVICE_IDS=(\S+) ", capsys.readouterr().out, re.M) == (ids or [])
+
+
+def test_jax_restricts_a_process_to_its_gpus():
+  """The variable reaches the setting that JAX hands to CUDA; there is no GPU here to see more."""
+  code = ("import sys, jax\nfrom ddil_jax.training import processes\n"
+          "processes.start(processes.find(coordinator=sys.argv[1], num_processes=1, process_id=0))\n"
+          "print(jax.config.read('jax_cuda_visible_devices'))")
+  own = local.commands(2, 0, [], gpus=2)[1][:2]
+  done = subprocess.run([*own, sys.executable, "-c", code, f"localhost:{local.free_port()}"], capture_output=True, text=True)
+  assert done.stdout == "2,3\n", done.stderr
+
+
 @pytest.mark.parametrize("launcher, options, arguments, words", [
     (local, ["--processes=0"], TRAIN, "at least 1"),
+    (local, ["--devices=2", "--gpus=1"], TRAIN, "no --gpus"),
     (local, [], TRAIN[:-1], "train.parallel is single"),
     (local, [], ["report", "x"], "is needed after --"),
     (slurm, ["--nodes=0"], TRAIN, "--nodes=0"),
