@@ -48,8 +48,8 @@ def check(args, own) -> None:
   if own.name != "prepared":
     raise UsageError(f"{args.workdir} was trained on {own.name}, not on a set of `ddil prepare`")
   if not (pathlib.Path(own.path) / prepared.INDEX).is_file():
-    print(f"{own.path}, on which the run was trained, is not here: whether {args.data} was prepared with the same networks"
-          " cannot be checked")
+    print(f"{own.path}, on which the run was trained, is not here: whether {args.data} was prepared with the same"
+          " networks cannot be checked")
     return
   ours = prepared.read_index(own.path)
   theirs, wanted = index.settings["files"], ours.settings["files"]

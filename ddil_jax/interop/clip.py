@@ -1,19 +1,15 @@
 """CLIP folders in the layout of Hugging Face: config.json, model.safetensors, the tokenizer's files."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from ddil_jax.errors import UsageError
-from ddil_jax.interop import weights
-from ddil_jax.models.clip import ACTIVATIONS, CLIP, MEAN, STD, Tower
+from ddil_jax.interop import configs, weights
+from ddil_jax.models.clip import CLIP, MEAN, STD, Tower
 
-# Fields that a config may leave out, with the values of the original models.
-_VISION = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224,
-               patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5)
-_TEXT = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=49408,
-             max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5, eos_token_id=49407)
 _BICUBIC = 3  # Pillow's number
 
 
@@ -21,44 +17,57 @@ def read_folder(folder) -> tuple[dict, dict[str, np.ndarray], dict[str, str]]:
   """A CLIP model's folder: (fields of `make`, tensors by name, {file: sha256}).
 
   Raises:
-    UsageError: files that are absent, damaged, or of another model.
+    UsageError: files that are absent, damaged, or of another model, and numbers that are no sensible sizes.
   """
   folder = pathlib.Path(folder)
   path = folder / "config.json"
   config = weights.read_json(path)
   if config.get("model_type") != "clip":
-    raise UsageError(f"{path} describes a model of type '{config.get('model_type')}'; 'clip' is expected")
+    raise UsageError(f"{path} describes a model of type '{str(config.get('model_type'))[:60]}'; 'clip' is expected")
   try:
     fields = fields_of(config)
   except UsageError as e:
     raise UsageError(f"{path}: {e}") from e
   prepared = folder / "preprocessor_config.json"
   if prepared.exists():
-    given = weights.read_json(prepared)
-    if given.get("resample", _BICUBIC) != _BICUBIC or not given.get("do_center_crop", True):
-      raise UsageError(f"{prepared}: bicubic resizing (resample {_BICUBIC}) and a centre crop are expected")
-    fields |= {"mean": given.get("image_mean", fields["mean"]), "std": given.get("image_std", fields["std"])}
+    fields |= _colours(prepared)
   tensors = weights.read_safetensors(folder / "model.safetensors")
   return fields, tensors, {name: weights.sha256(folder / name) for name in ("config.json", "model.safetensors")}
 
 
 def fields_of(config: dict) -> dict:
-  """Fields of `make` from a config.json. Raises UsageError for an unknown activation or heads that do not fit."""
-  vision, text = (defaults | {k: v for k, v in (config.get(part) or {}).items() if k in defaults}
-                  for part, defaults in (("vision_config", _VISION), ("text_config", _TEXT)))
-  for part in (vision, text):
-    if part["hidden_act"] not in ACTIVATIONS:
-      raise UsageError(f"hidden_act '{part['hidden_act']}'; known are {', '.join(ACTIVATIONS)}")
-    if part["hidden_size"] % part["num_attention_heads"]:
-      raise UsageError(f"hidden_size {part['hidden_size']} is not divisible by {part['num_attention_heads']} heads")
-  tower = lambda part: [part["hidden_size"], part["intermediate_size"], part["num_hidden_layers"],  # noqa: E731
-                        part["num_attention_heads"], part["hidden_act"], part["layer_norm_eps"]]
-  end = text["eos_token_id"]
-  return dict(vision=tower(vision), text=tower(text), dim=config.get("projection_dim", 512),
-              size=vision["image_size"], patch=vision["patch_size"], vocabulary=text["vocab_size"],
-              length=text["max_position_embeddings"],
-              # Old configs name 2, which is no end of text: such models read off the largest token.
-              end=None if end == 2 else end, mean=list(MEAN), std=list(STD))
+  """Fields of `make` from a config.json; what it leaves out is as in the original base-patch32.
+
+  Raises:
+    UsageError: an unknown activation, heads that do not fit, numbers that are no sensible sizes.
+  """
+  both = configs.Fields(config)
+  vision, text = (both.get(name, {}) for name in ("vision_config", "text_config"))
+  for name, part in (("vision_config", vision), ("text_config", text)):
+    if not isinstance(part, dict):
+      raise UsageError(f"{name}: an object is expected")
+  vision, text = configs.Fields(vision), configs.Fields(text)
+  seen, read = configs.clip_tower(vision, 768, 3072, 12), configs.clip_tower(text)
+  size, patch = vision.integer("image_size", 224), vision.integer("patch_size", 32)
+  if patch > size:
+    raise UsageError(f"patch_size={patch} is larger than image_size={size}")
+  vocabulary, length, end = configs.clip_tokens(text)
+  return dict(vision=list(dataclasses.astuple(seen)), text=list(dataclasses.astuple(read)),
+              dim=both.integer("projection_dim", 512), size=size, patch=patch, vocabulary=vocabulary, length=length,
+              end=end, mean=list(MEAN), std=list(STD))
+
+
+def _colours(path: pathlib.Path) -> dict[str, list[float]]:
+  """"mean" and "std" of preprocessor_config.json. Raises UsageError if images are prepared otherwise than here."""
+  given = weights.read_json(path)
+  if given.get("resample", _BICUBIC) != _BICUBIC or not given.get("do_center_crop", True):
+    raise UsageError(f"{path}: bicubic resizing (resample {_BICUBIC}) and a centre crop are expected")
+  found = {"mean": given.get("image_mean", list(MEAN)), "std": given.get("image_std", list(STD))}
+  for name, values in found.items():
+    if (not isinstance(values, list) or len(values) != 3 or not all(type(v) in (int, float) for v in values)
+        or not all((0 < v if name == "std" else 0 <= v) and v <= 1 for v in values)):
+      raise UsageError(f"{path}: image_{name} has to be three numbers of colours in [0, 1]")
+  return found
 
 
 def make(vision: Sequence, text: Sequence, mean: Sequence, std: Sequence, **fields) -> CLIP:

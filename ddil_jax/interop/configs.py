@@ -1,6 +1,7 @@
-"""config.json of diffusers and transformers -> our modules. What we do not compute is refused, never ignored.
+"""config.json of diffusers and transformers -> our modules.
 
-A config.json is a stranger's file: every number in it is checked before anything is built from it.
+An option that is known here and not computed is refused; fields that are not known are returned. A config.json is a
+stranger's file: every number in it is checked before anything is built from it.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from ddil_jax.registry import unknown
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # What a block of a published network may at most be; SDXL's are 1280 wide and 10 transformers deep.
 _WIDEST, _DEEPEST, _MOST_LEVELS = 16_384, 64, 8
+_MOST_BLOCKS = 1000  # residual blocks and transformers of all levels together; SDXL has 75
 
 
 def make(config: dict) -> tuple[nn.Module, tuple[str, ...]]:
@@ -27,10 +29,16 @@ def make(config: dict) -> tuple[nn.Module, tuple[str, ...]]:
     UsageError: another model, an option that is not supported, a number that is no sensible size.
   """
   fields = Fields(config)
-  name = config.get("_class_name") or next(iter(config.get("architectures") or [None]))
+  named = config.get("architectures")
+  name = config.get("_class_name") or (named[0] if isinstance(named, list) and named else None)
   if not isinstance(name, str) or name not in MODELS:
     raise UsageError(unknown("model", name, MODELS))
-  return MODELS[name](fields), fields.rest()
+  module = MODELS[name](fields)
+  # Each is within bounds, but the product may not be; all of them are traced before a parameter can be counted.
+  depths = [level.depths for way in ("down", "up") for level in getattr(module, way, ())]
+  if (count := sum(len(d) + sum(d) for d in depths)) > _MOST_BLOCKS:
+    raise UsageError(f"a network of {count:,} residual blocks and transformers; {_MOST_BLOCKS:,} are the most allowed")
+  return module, fields.rest()
 
 
 def full_names(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -197,7 +205,7 @@ def _condition_unet(fields: Fields) -> nn.Module:
              "UNetMidBlock2D": Middle(0, 0, "", 1, divide), None: None}
   middle = fields.explicit("mid_block_type", "UNetMidBlock2DCrossAttn")
   if not isinstance(middle, str | None) or middle not in middles:
-    raise UsageError(unknown("mid_block_type", _short(middle), filter(None, middles)))
+    raise UsageError(unknown("mid_block_type", str(middle)[:60], filter(None, middles)))
   times = Times(widths[0], fields.integer("time_embedding_dim", 4 * widths[0], 4 * _WIDEST),
                 fields.flag("flip_sin_to_cos", True), fields.number("freq_shift", 0))
   added = fields.get("addition_embed_type") is not None
@@ -245,7 +253,7 @@ def _unet(fields: Fields) -> nn.Module:
   if own_groups not in (None, groups):
     raise UsageError(f"attn_norm_num_groups={_short(own_groups)}: norm_num_groups={groups} is expected")
   if (kind := fields.explicit("mid_block_type", "UNetMidBlock2D")) not in ("UNetMidBlock2D", None):
-    raise UsageError(unknown("mid_block_type", _short(kind), ["UNetMidBlock2D"]))
+    raise UsageError(unknown("mid_block_type", str(kind)[:60], ["UNetMidBlock2D"]))
   middle = Middle(1, 0, "self" if attends else "", heads(widths[-1]) if attends and kind else 1,
                   fields.number("mid_block_scale_factor", 1.0), not scale_shift or own_groups is not None)
   return DiffusersUNet(
@@ -284,23 +292,32 @@ def _autoencoder(fields: Fields) -> nn.Module:
       fields.number("shift_factor", 0.0), fields.flag("use_quant_conv", True), fields.flag("use_post_quant_conv", True))
 
 
+def clip_tower(fields: Fields, width: int = 512, hidden: int = 2048, heads: int = 8) -> Tower:
+  """A tower of CLIP; the defaults are those of the original text towers."""
+  act = fields.get("hidden_act", "quick_gelu")
+  if not isinstance(act, str) or act not in ACTIVATIONS:
+    raise UsageError(unknown("hidden_act", str(act)[:60], ACTIVATIONS))
+  width = fields.integer("hidden_size", width)
+  return Tower(width, fields.integer("intermediate_size", hidden, 4 * _WIDEST),
+               fields.integer("num_hidden_layers", 12, 2 * _DEEPEST),
+               _heads(width, fields.integer("num_attention_heads", heads)), act, fields.number("layer_norm_eps", 1e-5))
+
+
+def clip_tokens(fields: Fields) -> tuple[int, int, int | None]:
+  """What CLIP's text towers read: number of tokens there are, of those in a text, and where a text is read off."""
+  end = fields.integer("eos_token_id", 49407, 10_000_000, 0)
+  # Old configs name 2, which is no end of text: such models read off the largest token.
+  return (fields.integer("vocab_size", 49408, 10_000_000), fields.integer("max_position_embeddings", 77, 65_536),
+          None if end == 2 else end)
+
+
 def _text_encoder(projected: bool) -> Callable[[Fields], nn.Module]:
   """CLIPTextModel and CLIPTextModelWithProjection."""
   def build(fields: Fields) -> nn.Module:
-    act = fields.get("hidden_act", "quick_gelu")
-    if act not in ACTIVATIONS:
-      raise UsageError(unknown("hidden_act", _short(act), ACTIVATIONS))
-    width = fields.integer("hidden_size", 512)
-    tower = Tower(width, fields.integer("intermediate_size", 2048, 4 * _WIDEST),
-                  fields.integer("num_hidden_layers", 12, 2 * _DEEPEST),
-                  _heads(width, fields.integer("num_attention_heads", 8)), act, fields.number("layer_norm_eps", 1e-5))
-    end = fields.integer("eos_token_id", 49407, 10_000_000, 0)
-    dim = fields.integer("projection_dim", 512)
+    tower, dim = clip_tower(fields), fields.integer("projection_dim", 512)
+    tokens = clip_tokens(fields)
     fields.ignore_rest()  # of how it was trained, and of transformers' own interface
-    # Old configs name 2, which is no end of text: such models read off the largest token.
-    return TextEncoder(tower, fields.integer("vocab_size", 49408, 10_000_000),
-                       fields.integer("max_position_embeddings", 77, 65_536), None if end == 2 else end,
-                       dim if projected else None)
+    return TextEncoder(tower, *tokens, dim if projected else None)
   return build
 
 

@@ -28,7 +28,6 @@ _STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "m
 _AGAIN = "convert the folder again: `ddil convert FOLDER --out=FILE.safetensors`"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_PARAMETERS = 20_000_000_000  # SDXL has 2.6
-_LARGEST_JSON = 16 * 2**20
 # Stored by some versions and computed by ours.
 _NOT_NEEDED = r".*\.position_ids"
 # What a student may have that its teacher has not, and what it starts from: zero, without effect.
@@ -93,7 +92,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       source = download(str(folder), component)
     folder = _model_folder(source, component)
     described = folder / "config.json"
-    config, there = read_json(described), None
+    config, there = weights.read_json(described), None
   if guidance_embedding:
     if not str(config.get("_class_name")) == "UNet2DConditionModel" or config.get("time_cond_proj_dim"):
       raise UsageError(f"{folder}: a guidance embedding is added to a UNet2DConditionModel that has none yet")
@@ -175,7 +174,7 @@ def architecture(path) -> tuple[nn.Module, dict]:
   A config.json of diffusers will do where no parameters are needed: for a network that is trained from the start.
   """
   if pathlib.Path(path).suffix == ".json":
-    about = {"kind": KIND, "config": read_json(pathlib.Path(path)), "source": "", "license": ""}
+    about = {"kind": KIND, "config": weights.read_json(pathlib.Path(path)), "source": "", "license": ""}
     return _module(about["config"], path)[0], about
   about = files.load_about(path, _AGAIN)
   if not isinstance(about, dict) or about.get("kind") != KIND:
@@ -285,16 +284,6 @@ def _single(path: pathlib.Path, component: str) -> tuple[dict, dict[str, weights
   return single_file.model(path, component)
 
 
-def read_json(path: pathlib.Path) -> dict:
-  """A stranger's JSON object. Raises UsageError if there is none, or one larger than any such file."""
-  try:
-    if path.stat().st_size > _LARGEST_JSON:
-      raise UsageError(f"{path} is larger than any such file")
-    return weights.read_json(path)
-  except (OSError, RecursionError) as e:
-    raise UsageError(f"cannot read {path}: {e}") from e
-
-
 def _class(config: dict) -> str:
   return config.get("_class_name") or config["architectures"][0]
 
@@ -361,7 +350,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, weights.Stored]:
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   """The files that an index names: of its own folder, and safetensors."""
-  named = read_json(index).get("weight_map")
+  named = weights.read_json(index).get("weight_map")
   if not isinstance(named, dict) or not named or not all(isinstance(v, str) for v in named.values()):
     raise UsageError(f"{index}: 'weight_map' from tensors to files is expected")
   for name in sorted(set(named.values())):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ddil_jax import files
 from ddil_jax.errors import UsageError
-from ddil_jax.interop import diffusers
+from ddil_jax.interop import diffusers, weights
 from ddil_jax.registry import unknown
 
 CLASSES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -47,7 +47,7 @@ def read(folder, config: dict[str, Any]) -> Pipeline:
   path = folder / INDEX
   if not path.is_file():
     raise UsageError(f"{folder} is no folder of a pipeline: it has no {INDEX}; give that of the teacher")
-  index = diffusers.read_json(path)
+  index = weights.read_json(path)
   if index.get("_class_name") not in CLASSES:
     raise UsageError(f"{path}: {unknown('pipeline', str(index.get('_class_name'))[:80], CLASSES)}")
   _require_its_unet(folder, config)
@@ -74,7 +74,7 @@ def _require_its_unet(folder: pathlib.Path, config: dict[str, Any]) -> None:
   path = folder / "unet" / "config.json"
   if not path.is_file():
     return  # the student is another one anyway
-  theirs = diffusers.read_json(path)
+  theirs = weights.read_json(path)
   for name in _SHARED:
     if theirs.get(name) != config.get(name):
       raise UsageError(f"{path}: {name}={str(theirs.get(name))[:60]}, but the student's is {config.get(name)}: give the"

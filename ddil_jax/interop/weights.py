@@ -13,6 +13,7 @@ import safetensors
 
 from ddil_jax.errors import UsageError
 
+LARGEST_JSON = 16 * 2**20  # bytes
 # Names made from Flax paths -> those of diffusers and transformers, whose lists are numbered by a part of their own.
 NUMBERED = ((r"\b(\w+blocks|attentions|resnets|downsamplers|upsamplers|to_out|net|layers)_(\d+)\b", r"\1.\2"),)
 # The last part of a Flax path in PyTorch's terms.
@@ -98,10 +99,13 @@ def open_safetensors(path):
 
 
 def read_json(path) -> dict:
-  """A JSON object. Raises UsageError if there is none."""
+  """A stranger's JSON object. Raises UsageError if there is none, or one larger than any such file."""
+  path = pathlib.Path(path)
   try:
-    value = json.loads(pathlib.Path(path).read_text())
-  except (OSError, ValueError) as e:
+    if path.stat().st_size > LARGEST_JSON:
+      raise UsageError(f"{path} is larger than any such file")
+    value = json.loads(path.read_text())
+  except (OSError, ValueError, RecursionError) as e:
     raise UsageError(f"cannot read {path}: {e}") from e
   if not isinstance(value, dict):
     raise UsageError(f"{path} holds no JSON object")

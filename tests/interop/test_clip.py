@@ -173,11 +173,28 @@ def test_folders_that_do_not_fit(refuse, folder, tmp_path):  # noqa: F811
     return run()
 
   assert "'siglip'" in spoil("config.json", model_type="siglip")
-  assert "hidden_act 'relu'" in spoil("config.json", text_config={"hidden_act": "relu"})
-  assert "not divisible by 7 heads" in spoil("config.json", vision_config={"num_attention_heads": 7})
+  for change, words in (
+      (dict(text_config={"hidden_act": "relu"}), "unknown hidden_act 'relu'"),
+      (dict(text_config={"hidden_act": ["gelu"]}), "unknown hidden_act"),
+      (dict(vision_config={"num_attention_heads": 7}), "7 attention heads do not divide 768 channels"),
+      (dict(vision_config={"num_attention_heads": 0}), "num_attention_heads=0: a whole number from 1 to"),
+      (dict(vision_config=3), "vision_config: an object is expected"),
+      (dict(text_config={"hidden_size": "x"}), "hidden_size='x': a whole number"),
+      (dict(text_config={"num_hidden_layers": 10**9}), "num_hidden_layers=1000000000: a whole number from 1 to 128"),
+      (dict(text_config={"layer_norm_eps": "0"}), "layer_norm_eps='0': a number is expected"),
+      (dict(vision_config={"image_size": 10**9}), "image_size=1000000000: a whole number"),
+      (dict(vision_config={"patch_size": 29, "image_size": 28}), "patch_size=29 is larger than image_size=28"),
+      (dict(projection_dim=[1]), "projection_dim=[1]: a whole number"),
+      # Numbers that are allowed, one by one: nothing of such a size is made.
+      (dict(vision_config={"image_size": 16384, "patch_size": 1, "hidden_size": 16380}), "fit (1, 1, 3, 16380)"),
+  ):
+    assert words in spoil("config.json", **change), words
   line = spoil("config.json", projection_dim=8)
   assert "visual_projection.weight has shape (16, 32), which does not fit (32, 8)" in line
   assert "resample" in spoil("preprocessor_config.json", resample=2)
+  for name, value in (("mean", [0.5, 0.5]), ("mean", "0.5"), ("std", [0.5, 0.0, 0.5]), ("mean", [0.5, 0.5, True]),
+                      ("std", [1, 1, 128])):
+    assert f"image_{name} has to be three numbers" in spoil("preprocessor_config.json", **{f"image_{name}": value})
   tensors = safetensors.numpy.load_file(folder[0] / "model.safetensors")
   spoil("preprocessor_config.json", resample=2)
   (tmp_path / "m" / "preprocessor_config.json").unlink()
@@ -191,8 +208,10 @@ def test_folders_that_do_not_fit(refuse, folder, tmp_path):  # noqa: F811
   for part in (content[:-50], content[:50], b""):
     (tmp_path / "m" / "model.safetensors").write_bytes(part)
     assert "model.safetensors is absent, damaged" in run()
-  (tmp_path / "m" / "config.json").write_text("[]")
-  assert "no JSON object" in run()
+  for text, words in (("[]", "no JSON object"), ("[" * 100_000, "cannot read"),
+                      (" " * (weights.LARGEST_JSON + 1), "larger than any such file")):
+    (tmp_path / "m" / "config.json").write_text(text)
+    assert words in run()
   assert not (tmp_path / "out").exists()
 
 

@@ -176,6 +176,10 @@ def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path, monkeypatch
 @pytest.mark.parametrize("change, said", [
     (dict(_class_name="FluxTransformer2DModel"), "unknown model 'FluxTransformer2DModel'; "),
     (dict(_class_name=None), "unknown model 'None'"),
+    (dict(_class_name=["UNet2DModel"]), "unknown model"),
+    *((dict(_class_name=None, architectures=value), "unknown model")
+      for value in (7, "CLIPTextModel", {"CLIPTextModel": 0}, [["CLIPTextModel"]], [])),
+    (dict(architectures=["CLIPTextModel"], _class_name=None, hidden_act=["gelu"]), "unknown hidden_act"),
     (dict(down_block_types=["CrossAttnDownBlock2D", "DownBlock3D"]), "'DownBlock3D'; did you mean DownBlock2D"),
     (dict(down_block_types=["DownBlock2D"]), "a list of 2 block types is expected"),
     (dict(mid_block_type="UNetMidBlock2DSimpleCrossAttn"), "unknown mid_block_type"),
@@ -185,6 +189,8 @@ def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path, monkeypatch
     (dict(layers_per_block=10**9), "a whole number from 1 to 64 is expected"),
     (dict(transformer_layers_per_block=[1, [1]]), "which need reverse_transformer_layers_per_block"),
     (dict(transformer_layers_per_block=-1), "a whole number from 0 to 64 is expected"),
+    # Each number is allowed, what comes of them together is not.
+    (dict(layers_per_block=20, transformer_layers_per_block=50), "a network of 2,132 residual blocks and transformers"),
     (dict(cross_attention_dim="../x"), "cross_attention_dim='../x': a whole number"),
     (dict(attention_head_dim=3), "3 attention heads do not divide 4 channels"),
     (dict(norm_eps="1e-5"), "norm_eps='1e-5': a number is expected"),
@@ -202,7 +208,7 @@ def test_configs_that_are_no_configs(spoil, monkeypatch):
   assert "cannot read" in spoil(text("{"))
   assert "cannot read" in spoil(text("[" * 100_000))
   assert "no JSON object" in spoil(text("[]"))
-  assert "larger than any such file" in spoil(text(" " * (diffusers._LARGEST_JSON + 1)))
+  assert "larger than any such file" in spoil(text(" " * (weights.LARGEST_JSON + 1)))
   monkeypatch.setattr(diffusers, "_MOST_PARAMETERS", 1000)
   assert "1,000 are the most allowed" in spoil()
 

@@ -28,7 +28,7 @@ class Larger(Coco, skip_registration=True):
 
 @pytest.fixture
 def sets(tmp_path):
-  """A run's folder without checkpoints, and two sets, "own" of the run and "coco", of 80 pixel images, 3 of them test."""
+  """A run's folder without checkpoints, and two sets of 80 images, 3 of them test: "own" of the run, and "coco"."""
   source = making.write_folder(tmp_path / "src", 80)
   found = {name: tmp_path / name for name in ("own", "coco")}
   for out in found.values():
