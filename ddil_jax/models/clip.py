@@ -107,7 +107,7 @@ class Vision(nn.Module):
   def __call__(self, pixels: Array) -> Array:
     x = Patches(self.tower.width, self.patch, name="embeddings")(pixels)
     x = nn.LayerNorm(self.tower.eps, name="pre_layrnorm")(x)  # spelt so in the published weights
-    x, _ = Encoder(self.tower, name="encoder")(x, None)
+    x, _ = Encoder(self.tower, name="encoder")(x)
     return nn.LayerNorm(self.tower.eps, name="post_layernorm")(x[:, 0])
 
 
@@ -149,7 +149,7 @@ class Text(nn.Module):
   @nn.compact
   def __call__(self, tokens: Array) -> TextStates:
     x = Tokens(self.tower.width, self.vocabulary, self.length, name="embeddings")(tokens)
-    x, penultimate = Encoder(self.tower, name="encoder")(x, nn.make_causal_mask(tokens))
+    x, penultimate = Encoder(self.tower, causal=True, name="encoder")(x)
     x = nn.LayerNorm(self.tower.eps, name="final_layer_norm")(x)
     at = jnp.argmax(tokens if self.end is None else tokens == self.end, axis=-1)
     return TextStates(x, penultimate, jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])
@@ -198,35 +198,42 @@ class Encoder(nn.Module):
   """x [B,N,width] -> the same after all layers, and before the last one.
 
   A layer is attention and a multilayer perceptron, with a norm before each.
+
+  Attributes:
+    causal: no token sees those after it.
   """
   tower: Tower
+  causal: bool = False
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+  def __call__(self, x: Array) -> tuple[Array, Array]:
     before = x
     for i in range(self.tower.layers):
-      before, x = x, Layer(self.tower, name=f"layers_{i}")(x, mask)
+      before, x = x, Layer(self.tower, self.causal, name=f"layers_{i}")(x)
     return x, before
 
 
 class Layer(nn.Module):
   tower: Tower
+  causal: bool
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None) -> Array:
+  def __call__(self, x: Array) -> Array:
     t = self.tower
-    x = x + Attention(t.heads, name="self_attn")(nn.LayerNorm(t.eps, name="layer_norm1")(x), mask)
+    x = x + Attention(t.heads, self.causal, name="self_attn")(nn.LayerNorm(t.eps, name="layer_norm1")(x))
     return x + Mlp(t.hidden, t.activation, name="mlp")(nn.LayerNorm(t.eps, name="layer_norm2")(x))
 
 
 class Attention(nn.Module):
   heads: int
+  causal: bool
 
   @nn.compact
-  def __call__(self, x: Array, mask: Array | None) -> Array:
+  def __call__(self, x: Array) -> Array:
     b, n, width = x.shape
     part = lambda name: nn.Dense(width, name=name, **_EXACT)(x).reshape(b, n, self.heads, -1)  # noqa: E731
-    out = nn.dot_product_attention(part("q_proj"), part("k_proj"), part("v_proj"), mask=mask, **_EXACT)
+    with jax.default_matmul_precision("highest"):  # of which that function has no argument
+      out = jax.nn.dot_product_attention(part("q_proj"), part("k_proj"), part("v_proj"), is_causal=self.causal)
     return nn.Dense(width, name="out_proj", **_EXACT)(out.reshape(b, n, width))
 
 

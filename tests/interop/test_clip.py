@@ -115,6 +115,15 @@ def test_old_configs_read_texts_off_the_largest_token(tmp_path):
   np.testing.assert_allclose(module.apply(variables, texts(), method="text_features"), wanted, **TOLERANCE)
 
 
+def test_products_are_in_full_precision():
+  """Those of attention too: on GPUs and TPUs the default has 8 or 11 bits, which a parity on the CPU does not see."""
+  module = clip.make(**clip.fields_of(TINY))
+  arguments = extractors.KINDS["clip"].inputs(module)
+  written = str(jax.make_jaxpr(module.apply)(weights.template(module, *arguments), *arguments))
+  products = written.count("dot_general[") + written.count("conv_general_dilated[")
+  assert products > 30 and written.count("HIGHEST") == 2 * products  # one for each side
+
+
 def test_what_comes_after_the_end_does_not_matter(folder):
   module, variables = extractors.load(folder[2], "clip")
   tokens = texts()
