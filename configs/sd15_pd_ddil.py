@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.objective = ConfigDict(dict(name="pd", num_steps=8, weight="snr_trunc", snr_cap=1e6))
   config.states.update(common.DDIL)
   config.optimizer.update(name="adamw", learning_rate=1e-5, schedule="linear", warmup_steps=500)
-  return common.apply(config, arg, {"smoke": text.smoke, "planned": text.of_size("sd15", 64)})
+  return common.apply(config, arg, {"smoke": text.smoke, "lora": text.lora, "planned": text.of_size("sd15", 64)})
 
 
 def sweep() -> list[dict]:

@@ -23,7 +23,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.grid.name = "dmd2"
   common.half_forward(config)
   config.optimizer.update(name="adamw", learning_rate=5e-7, schedule="constant", warmup_steps=500)
-  return common.apply(config, arg, {"smoke": text.smoke, "planned": text.of_size("sdxl", 128)})
+  return common.apply(config, arg, {"smoke": text.smoke, "lora": text.lora, "planned": text.of_size("sdxl", 128)})
 
 
 def sweep() -> list[dict]:

@@ -27,8 +27,24 @@ def smoke(config: ConfigDict) -> ConfigDict:
   common.smoke(config)
   config.data.update(name="fake_text", path="")
   config.model.update(file=unet("tiny"), dtype="float32", remat="none")
+  for name in ("lora", "critic_lora"):
+    config.model[name] = min(config.model[name], 4)  # larger factors are larger than its kernels
   config.teacher.update(path="", dtype="float32")
   config.eval.update(extractor="", captions="", metrics=("fd", "saturation"))
+  return config
+
+
+def lora(config: ConfigDict) -> ConfigDict:
+  """The student trains a LoRA of rank 64 over the frozen teacher, which diffusers' format can hold; so does a critic.
+
+  So the student of LCM has no embedding of the guidance scale, which would be trained whole: the teacher's scale is
+  folded in. Rank and scale are ours.
+  """
+  config.model.update(lora=64, guidance_embedding=0)
+  if "guidance_range" in config.objective:
+    config.objective.guidance_range = ()
+  if "period" in config.objective:
+    config.model.critic_lora = 64
   return config
 
 
@@ -54,5 +70,6 @@ def published(config: ConfigDict, model: str, data: str) -> ConfigDict:
   config.states.update(teacher_steps=16, capacity=16 * config.train.batch_size)
   config.train.update(parallel="mesh", checkpoint_every=1000, ema=(0.999,))
   config.eval.update(extractor="inception:models/inception.safetensors", metrics=("fd", "density", "coverage"),
-                     captions="clip:models/clip.safetensors", num_samples=30_000, batch_size=64, reference="test", shift_samples=0)
+                     captions="clip:models/clip.safetensors", num_samples=30_000, batch_size=64,
+                     reference="test", shift_samples=0)
   return config

@@ -241,8 +241,11 @@ def export_lora(delta: Params, about: dict, folder, scale: float = 1.0, dtype: s
   for path, factor in flax.traverse_util.flatten_dict(delta).items():
     kernel, which = path[:-1], path[-1]
     if kernel not in shapes or which not in ("a", "b"):
-      raise UsageError(f"the LoRA trained {'/'.join(path)} whole, which diffusers' LoRA format has no place for; write"
-                       " the whole network with --merged")
+      name = "/".join(path)
+      of_scale = ("; a student without the embedding, with the scale folded in, trains with"
+                  " --config.model.guidance_embedding=0 --config.objective.guidance_range='()'")
+      raise UsageError(f"the LoRA trained {name} whole, which diffusers' LoRA format has no place for; write the whole"
+                       f" network with --merged{of_scale if re.fullmatch(_NEW, name) else ''}")
     *window, n, m = shapes[kernel]
     rank = factor.shape[1 if which == "a" else 0]
     shape = (*window, n, rank) if which == "a" else (*[1] * len(window), rank, m)

@@ -3,10 +3,13 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from ddil_jax import build
+from ddil_jax import config as config_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import configs, diffusers, release, weights
 from ddil_jax.main import main
@@ -211,6 +214,25 @@ def test_configs_that_are_no_configs(spoil, monkeypatch):
   assert "larger than any such file" in spoil(text(" " * (weights.LARGEST_JSON + 1)))
   monkeypatch.setattr(diffusers, "_MOST_PARAMETERS", 1000)
   assert "1,000 are the most allowed" in spoil()
+
+
+@pytest.mark.parametrize("name", [f"{name}_ddil" for name in ("sd15_pd", "sd15_lcm", "sd15_dmd2", "ssd1b_dmd2",
+                                                              "sdxl_dmd2")])
+def test_a_lora_of_these_configs_can_be_exported(name, tmp_path):
+  """All that `lora` trains of a student has a place in diffusers' format; LCM's embedding of the scale has none."""
+  def export(arg, **overrides):
+    config = config_lib.load(f"configs/{name}.py:{arg}", {f"model.{k}": str(v) for k, v in overrides.items()})
+    built = build.build(config)
+    start = lambda key: built.objective.init(key, built.init_teacher(key))["student"]  # noqa: E731
+    delta = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), jax.eval_shape(start, jax.random.key(0)))
+    diffusers.export_lora(delta, diffusers.architecture(config.model.file)[1], tmp_path)
+    return safetensors.numpy.load_file(tmp_path / "pytorch_lora_weights.safetensors")
+
+  written = export("lora,smoke")
+  assert written["unet.conv_in.lora_A.weight"].shape == (4, 4, 3, 3) and len(written) > 30
+  if name == "sd15_lcm_ddil":
+    with pytest.raises(UsageError, match="cond_proj/kernel whole.*--config.model.guidance_embedding=0"):
+      export("smoke", lora=4)
 
 
 def test_exports_that_are_refused(pipeline, tmp_path, refuse):  # noqa: F811
