@@ -29,7 +29,7 @@ study: $(VENV)/.ready
 	$(BIN)/python -m launch.study --all --workdir=runs/study $(STUDY_FLAGS)
 
 # Every method, base and +DDIL, from one teacher with and without guidance: hours, resumable.
-family: study-family
+family: study-family study-inference
 
 study-%: $(VENV)/.ready
 	$(BIN)/python -m launch.study $* --workdir=runs/study $(STUDY_FLAGS)

@@ -7,6 +7,7 @@ A part can be stopped and continued. Its rows go to results.csv and results.parq
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import re
@@ -17,15 +18,18 @@ from ddil_jax import config as config_lib
 from ddil_jax import build, files, trained
 from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
-from ddil_jax.evaluation import family, report_figures, report_rows, shift_quality, teacher_acts
+from ddil_jax.evaluation import family, inference, report_figures, report_rows, shift_quality, teacher_acts
 from ddil_jax.sweep import Trial
 from launch.sweep import at_least_one, compile_cache, exit_code, run_all
 
-INTERVENTION, CORRELATION, FAMILY = "intervention", "correlation", "family"
+INTERVENTION, CORRELATION, INFERENCE, FAMILY = "intervention", "correlation", "inference", "family"
 DIGITS = ("methods", "methods_dmd2", "guided", "sources", "sources_dmd2", "priors", "replay", "reflection",
           "reflection_target", "regimes", "regimes_dmd2")
 ALONE = ("fashion_mnist", FAMILY)  # for a GPU; for hours
 PARTS = (*DIGITS, "fashion_mnist_small", *ALONE)
+# What is added to the teacher's sampler; {} is nothing.
+TRANSFORMS = ({}, {"cache": "deep0"}, {"cache": "skips"}, {"time_shift": 0.02, "time_shift_cutoff": 0.2},
+              {"time_shift": 0.1, "time_shift_cutoff": 0.2})
 # Of the parts that name none of their own. The scales at which it is measured are those of its students.
 TEACHER = {"config": "configs/digits_teacher.py", "eval.guidance_scales": (1.0, 2.0, 3.0, 5.0)}
 
@@ -42,11 +46,8 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
   own = getattr(config_lib.module(f"configs/study/{part}.py"), "TEACHER", None)
   # Compile flags that are for networks of a few pixels.
   name, digits = (f"{part}_teacher", False) if own else ("teacher", True)
-  fields = dict(own or TEACHER)
-  teacher = Trial(name, fields.pop("config"), {field: repr(value) for field, value in fields.items() if field != "arg"})
-  failed = run_all([teacher], workdir, 1, retry=True, small=digits) if train else {}
-  if failed:
-    raise RunError(f"the teacher failed: {failed[name]}")
+  if train:
+    _train_teacher(name, own or TEACHER, workdir, digits)
   trials = sweeps.trials(f"configs/study/{part}.py", {"teacher.path": str(workdir / name)}, workdir / part)
   folder = workdir / part
   sweeps.save(trials, folder)
@@ -57,6 +58,13 @@ def run(part: str, workdir: pathlib.Path, workers: int, retry: bool = False, tra
   if part == FAMILY:
     print(compare_family(workdir, others))
   return failed
+
+
+def _train_teacher(name: str, fields: dict, workdir: pathlib.Path, small: bool) -> None:
+  own = {field: repr(value) for field, value in fields.items() if field not in ("config", "arg")}
+  failed = run_all([Trial(name, fields["config"], own)], workdir, 1, retry=True, small=small)
+  if failed:
+    raise RunError(f"the teacher failed: {failed[name]}")
 
 
 def compare_family(workdir: pathlib.Path, others: Sequence[str | pathlib.Path] = ()) -> str:
@@ -86,6 +94,37 @@ def compare_family(workdir: pathlib.Path, others: Sequence[str | pathlib.Path] =
   table = family.markdown(lines, teacher)
   files.write_bytes(workdir / FAMILY / "table.md", table.encode())
   report_figures.save([family.draw(lines, teacher)], workdir / FAMILY)
+  return table
+
+
+def transform(workdir: pathlib.Path, train: bool = True) -> str:
+  """11. DeepCache, encoder propagation and shifted times in the teacher's sampler of 16, 8 and 4 steps.
+
+  Three seeds of sampling, with guidance 1 and 3. No training, but for the teacher where it is not there yet.
+
+  Returns:
+    The table, also in inference/table.md, beside the rows.
+
+  Raises:
+    UsageError: train is False, and there are no rows yet.
+  """
+  if train:
+    _train_teacher("teacher", TEACHER, workdir, small=True)
+    compile_cache(workdir)
+  rows = []
+  for added, seed in itertools.product(TRANSFORMS, range(3)):
+    kept = workdir / INFERENCE / f"{'-'.join(f'{k}={v}' for k, v in added.items()) or 'plain'}-eval.seed={seed}.json"
+    if not kept.exists() and train:
+      config = trained.saved_config(workdir / "teacher").copy_and_resolve_references().unlock()
+      config.objective.sampler_steps, config.eval.sampler_steps = 16, (8, 4)
+      config.eval.update(added, guidance_scales=(1.0, 3.0), metrics=("fd",), shift_samples=0, seed=seed)
+      files.write_json(kept, [row | {"eval_seed": seed} for row in trained.measured(config, workdir / "teacher")])
+      print(f"{kept.stem}: done", flush=True)
+    rows += files.read_json(kept) if kept.exists() else []
+  if not rows:
+    raise UsageError(f"{workdir / INFERENCE} has no results yet")
+  table = inference.markdown(rows)
+  files.write_bytes(workdir / INFERENCE / "table.md", table.encode())
   return table
 
 
@@ -184,26 +223,25 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(args) -> int:
   at_least_one(workers=args.workers)
-  unknown = [part for part in args.parts if part not in (*PARTS, INTERVENTION, CORRELATION)]
+  # Those that train nothing, or a teacher alone.
+  others = {INTERVENTION: intervene, CORRELATION: correlate, INFERENCE: transform}
+  unknown = [part for part in args.parts if part not in (*PARTS, *others)]
   if unknown:
-    raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join(PARTS)}, {INTERVENTION},"
-                     f" {CORRELATION}")
+    raise UsageError(f"unknown part '{unknown[0]}' of the study; there are: {', '.join((*PARTS, *others))}")
   everything = (*(part for part in PARTS if part not in ALONE), INTERVENTION, CORRELATION)
   parts = everything if args.all else args.parts
   if args.list or not parts:
     for part in PARTS:
       about = config_lib.module(f"configs/study/{part}.py").__doc__.splitlines()[0]
       print(f"{part} ({len(sweeps.trials(f'configs/study/{part}.py'))} runs): {about}")
-    for name, what in ((INTERVENTION, intervene), (CORRELATION, correlate)):
+    for name, what in others.items():
       print(f"{name} (no runs): {what.__doc__.splitlines()[0]}")
     return 0
   code = 0
   for part in parts:
-    if part == INTERVENTION:
-      print(intervene(pathlib.Path(args.workdir)))
-      continue
-    if part == CORRELATION:
-      print(correlate(pathlib.Path(args.workdir)))
+    if part in others:
+      workdir = pathlib.Path(args.workdir)
+      print(transform(workdir, not args.table) if part == INFERENCE else others[part](workdir))
       continue
     failed = run(part, pathlib.Path(args.workdir), args.workers, args.retry, not args.table, args.rows)
     for name, error in failed.items():

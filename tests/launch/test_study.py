@@ -20,7 +20,8 @@ SHORT = ("--config.model.channel_mult=(1,)", "--config.eval.num_samples=16", "--
 def test_list(capsys):
   assert study.main(["--list"]) == 0
   said = capsys.readouterr().out
-  assert [line.partition(" (")[0] for line in said.splitlines()] == [*study.PARTS, study.INTERVENTION, study.CORRELATION]
+  assert [line.partition(" (")[0] for line in said.splitlines()] == [
+      *study.PARTS, study.INTERVENTION, study.CORRELATION, study.INFERENCE]
 
 
 @pytest.mark.parametrize("part, message", [("mehtods", "unknown part 'mehtods'"),
@@ -148,3 +149,26 @@ def test_intervention(shared, tmp_path, capsys):  # noqa: F811
   assert len(before) == 1
   assert study.main(["intervention", f"--workdir={tmp_path}"]) == 0
   assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.slow
+def test_inference(shared, tmp_path, monkeypatch, capsys):  # noqa: F811
+  """The teacher is trained where it is not there; what was measured is kept, and a table made of it alone."""
+  fields = {"model.channel_mult": (1,), "eval.num_samples": 16, "eval.batch_size": 16, "eval.metrics": ("fd",)}
+  monkeypatch.setattr(study, "TEACHER", {"config": "configs/digits_teacher.py:smoke", **fields})
+  monkeypatch.setattr(study, "TRANSFORMS", ({}, {"cache": "skips"}))
+  assert study.main(["inference", "--table", f"--workdir={tmp_path}"]) == 2
+  assert "no results yet" in capsys.readouterr().err
+  assert study.main(["inference", f"--workdir={tmp_path}"]) == 0
+  kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "inference").glob("*.json")}
+  assert len(kept) == 6
+  rows = [row for path in kept for row in files.read_json(path)]
+  assert {(row["steps"], row["guidance_scale"]) for row in rows} == {(n, g) for n in (16, 8, 4) for g in (1.0, 3.0)}
+  assert {row["variant"] for row in rows} == {"", "+cached(skips,every:2)"}
+  plain = [row["metrics"] for row in rows if not row["variant"]]
+  assert len({str(values) for values in plain}) == len(plain) == 18  # each seed is another draw
+  table = (tmp_path / "inference" / "table.md").read_text()
+  assert table.count("| cached(skips,every:2) |") == 2
+  assert study.main(["inference", "--table", f"--workdir={tmp_path}"]) == 0
+  assert table in capsys.readouterr().out
+  assert kept == {path: path.stat().st_mtime_ns for path in kept}
