@@ -16,6 +16,7 @@ from ddil_jax.types import Params
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SAMPLERS = ("ddim", "lcm")
+_LCM_STEPS = 50  # times at which LCM's students are trained
 # Processes with a table of 1000 steps -> diffusers' names for them.
 TABLES = {"stable_diffusion": dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
           "ddpm": dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")}
@@ -60,8 +61,17 @@ def scheduler_config(sampling: Sampling) -> dict[str, Any]:
                 rescale_betas_zero_snr=sampling.zero_terminal_snr) | TABLES[sampling.process]
   if sampling.sampler == "ddim":
     return common | dict(_class_name="DDIMScheduler", timestep_spacing="trailing")
-  return common | dict(_class_name="LCMScheduler", original_inference_steps=50,
+  return common | dict(_class_name="LCMScheduler", original_inference_steps=_original_steps(sampling) or _LCM_STEPS,
                        timestep_scaling=sampling.timestep_scaling)
+
+
+def _original_steps(sampling: Sampling) -> int:
+  """The `original_inference_steps` with which a call of so many steps takes the student's times; 0 if none does."""
+  if not sampling.timesteps:
+    return _LCM_STEPS
+  # The least: where it is the number of steps, one of fewer takes some of these times, and one of more is refused.
+  return next((n for n in range(sampling.steps, 1001)
+               if grids.lcm_timesteps(sampling.steps, n).tolist() == list(sampling.timesteps)), 0)
 
 
 def _check(sampling: Sampling) -> None:
@@ -118,7 +128,7 @@ def model_card(about: dict, sampling: Sampling, run: dict[str, Any] | None = Non
   folded = scale != 1 and not sampling.guided and not about.get("config", {}).get("time_cond_proj_dim")
   # A pipeline that is given a scale above 1 guides, on top of what the student has learned.
   arguments = f"num_inference_steps={sampling.steps}, guidance_scale={1 if folded else scale:g}"
-  if sampling.timesteps:
+  if sampling.sampler == "lcm" and not _original_steps(sampling):
     arguments += f", timesteps={list(sampling.timesteps)}"
   terms = (f"under the licence {licence} of that model." if licence != "unknown" else
            "which states no licence: ask its authors before sharing this network.")

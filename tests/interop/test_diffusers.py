@@ -10,6 +10,7 @@ import safetensors.numpy
 
 from ddil_jax import build
 from ddil_jax import config as config_lib
+from ddil_jax.diffusion import grids
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import configs, diffusers, release, weights
 from ddil_jax.main import main
@@ -256,4 +257,39 @@ def test_model_card():
       {"steps": 4, "guidance_scale": 1.0, "metrics": {"fd@5000/x/y": 12.5}}]}
   card = release.model_card({"source": "sd"}, release.Sampling("lcm", 4, "eps", (999, 749, 499, 249), 1.0), run)
   assert "license: unknown" in card and "states no licence" in card and "| fd@5000/x/y | 12.5 |" in card
-  assert '"name": "dmd2"' in card and "guidance_scale=1, timesteps=[999, 749, 499, 249]" in card
+  assert '"name": "dmd2"' in card and "num_inference_steps=4, guidance_scale=1).images" in card
+  card = release.model_card({"source": "sd"}, release.Sampling("lcm", 3, "eps", (999, 500, 100)))
+  assert "guidance_scale=1, timesteps=[999, 500, 100]).images" in card
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_a_call_of_so_many_steps_takes_the_times_of_our_grid(steps):
+  """DMD2's, by diffusers' scheduler itself, without an argument; fewer steps take some of them, where they can."""
+  torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install -r requirements-test.txt")
+  from diffusers import LCMScheduler
+  times = grids.dmd2_timesteps(steps).tolist()
+  sampling = release.Sampling("lcm", steps, timesteps=tuple(times))
+  scheduler = LCMScheduler.from_config(release.scheduler_config(sampling))
+  scheduler.set_timesteps(steps)
+  assert scheduler.timesteps.tolist() == times and release.timesteps(sampling) == times
+  # A step ends where the next one begins.
+  x = torch.ones(1, 1, 1, 2)
+  for now, following in zip(times, times[1:]):
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr("diffusers.schedulers.scheduling_lcm.randn_tensor", lambda shape, **_: torch.ones(shape))
+      step = scheduler.step(torch.zeros_like(x), now, x)
+    alpha = scheduler.alphas_cumprod[following]
+    torch.testing.assert_close(step.prev_sample, alpha**0.5 * step.denoised + (1 - alpha)**0.5)
+    x = step.prev_sample
+  if 1000 % steps == 0:
+    scheduler.set_timesteps(max(1, steps // 2))
+    assert set(scheduler.timesteps.tolist()) <= set(times)
+    with pytest.raises(ValueError):
+      scheduler.set_timesteps(2 * steps)
+
+
+def test_times_that_no_scheduler_has_by_itself():
+  """They are the card's argument, and the config is LCM's own."""
+  for steps, times in ((3, (999, 500, 100)), (4, ()), (4, (999, 759, 499, 259))):
+    config = release.scheduler_config(release.Sampling("lcm", steps, timesteps=times))
+    assert config["original_inference_steps"] == 50
