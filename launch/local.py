@@ -3,9 +3,9 @@
     python -m launch.local --processes=2 -- train --config=configs/digits_dmd2.py:ddil --workdir=runs/dmd2 \\
         --config.train.parallel=mesh --config.teacher.path=runs/teacher
 
-Each process gets --coordinator, --num_processes and --process_id, and where there are GPUs one of its own. If one of them dies the others cannot go
-on: they are ended, and with --restarts=N all are started again from the last checkpoint, up to N times, but not
-when the launcher was asked to stop.
+Each process gets --coordinator, --num_processes and --process_id, and where there are GPUs one of its own (--gpus).
+If one of them dies the others cannot go on: they are ended, and with --restarts=N all are started again from the last
+checkpoint, up to N times, but not when the launcher was asked to stop.
 The exit code is that of `ddil train`: 0, 1 the run failed, 2 wrong usage, 130 stopped by a signal.
 """
 

@@ -3,6 +3,9 @@
     python -m launch.sweep --config=configs/digits_pd.py --workdir=runs/sweep --config.teacher.path=runs/teacher
     python -m launch.sweep --workdir=runs/sweep            # continues it
     python -m launch.sweep --workdir=runs/sweep --retry    # failed trials again
+    python -m launch.sweep --workdir=runs/sweep --slurm && sbatch runs/sweep/slurm.sh
+    python -m launch.sweep --config=configs/digits_pd.py --workdir=/data/sweep --config.teacher.path=/data/teacher \\
+        --k8s --image=IMAGE --claim=CLAIM --dry_run | kubectl apply -f -
 
 Every trial has its own run directory; a sweep can be stopped and continued at any time. The results of
 all trials, with the config fields that vary, lie in results.csv and results.parquet.
@@ -22,12 +25,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 from ddil_jax import config as config_lib
 from ddil_jax import files
 from ddil_jax import sweep as sweeps
 from ddil_jax.errors import RunError, UsageError
 from ddil_jax.sweep import Trial
+from launch import k8s
 
 # Networks of a few pixels run as fast, and compile in half the time.
 SMALL = "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
@@ -257,30 +262,40 @@ srun python -m launch.sweep --workdir={shlex.quote(str(workdir))} --only="$SLURM
 """
 
 
-def k8s_manifest(trials: list[Trial], workdir: pathlib.Path) -> str:
-  """An indexed Job, a pod for each trial; image, volume and resources are the user's to set."""
-  command = json.dumps(["sh", "-c", f"exec python -m launch.sweep --workdir={shlex.quote(str(workdir))}"
-                                    ' --only="$JOB_COMPLETION_INDEX"'])
-  return f"""apiVersion: batch/v1
-kind: Job
-metadata:
-  name: ddil-sweep
-spec:
-  completions: {len(trials)}
-  parallelism: {len(trials)}
-  completionMode: Indexed
-  backoffLimitPerIndex: 3
-  template:
-    spec:
-      restartPolicy: Never
-      containers:
-      - name: trial
-        image: IMAGE  # one with this project installed; the work directory must be on a shared volume
-        command: {command}
-        resources:
-          limits:
-            nvidia.com/gpu: 1
-"""
+def k8s_manifest(trials: list[Trial], workdir: pathlib.Path, options: list[str], name: str, given: k8s.Needs) -> str:
+  """An indexed Job, a pod for each trial; one that fails leaves the others alone.
+
+  Args:
+    workdir: as the pods see it.
+    options: --config and its fields, by which the pods make the sweep; none where it is there already.
+    name, given: of the Job, and of each pod.
+
+  Raises:
+    UsageError: a folder that is not on the pods' volume, or a name that Kubernetes would not take.
+  """
+  if not workdir.is_relative_to(k8s.VOLUME):
+    raise UsageError(f"--workdir={workdir}: pods keep what lies in {k8s.VOLUME}, where they have the volume of --claim")
+  command = ["python", "-m", "launch.sweep", f"--workdir={workdir}", *options]
+  spec = k8s.pod([*map(k8s.literal, command), "--only=$(JOB_COMPLETION_INDEX)"], given)
+  return json.dumps(k8s.job(name, len(trials), spec, each=True), indent=2) + "\n"
+
+
+class Job(NamedTuple):
+  """What a scheduler gets: a file's name and text, and the command that starts it."""
+  file: str
+  text: str
+  start: str
+
+
+def _job(args, rest, trials, workdir) -> Job:
+  waiting = next((trial for trial in trials if trial.after), None)
+  if waiting:
+    raise UsageError(f"trial {waiting.name} has the run of {waiting.after} as its teacher, but the tasks of a job start"
+                     " at once; run the sweep with --workers, or its commands (--dry_run) in order")
+  if args.slurm:
+    return Job("slurm.sh", slurm_script(trials, workdir), "sbatch")
+  options = [f"--config={args.config}", *rest] if args.config else []
+  return Job("job.json", k8s_manifest(trials, workdir, options, args.name, k8s.needs(args)), "kubectl apply -f")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -291,12 +306,16 @@ def parser() -> argparse.ArgumentParser:
   args.add_argument("--workdir", required=True, metavar="DIR", help="everything of the sweep lies here")
   args.add_argument("--workers", type=int, default=1, help="trials at a time on this machine")
   args.add_argument("--retry", action="store_true", help="run failed trials again")
-  args.add_argument("--only", type=int, metavar="I", help="the I-th trial alone, counted from 0")
-  where = args.add_mutually_exclusive_group()
-  where.add_argument("--print", action="store_true", help="print a command for each trial, run nothing")
-  where.add_argument("--slurm", action="store_true", help="write slurm.sh, a job array, to the work directory")
-  where.add_argument("--k8s", action="store_true", help="write job.yaml, an indexed Job, to the work directory")
-  where.add_argument("--table", action="store_true", help="gather the results there are, run nothing")
+  args.add_argument("--dry_run", action="store_true",
+                    help="print a command for each trial, or what --slurm or --k8s would write; write and run nothing")
+  what = args.add_mutually_exclusive_group()
+  what.add_argument("--only", type=int, metavar="I", help="the I-th trial alone, counted from 0")
+  what.add_argument("--slurm", action="store_true", help="write slurm.sh, a job array, to the work directory")
+  what.add_argument("--k8s", action="store_true", help="write job.json, an indexed Job, to the work directory")
+  what.add_argument("--table", action="store_true", help="gather the results there are, run nothing")
+  pods = args.add_argument_group("with --k8s")
+  pods.add_argument("--name", default="ddil-sweep", help="of the Job")
+  k8s.add_options(pods)
   return args
 
 
@@ -311,31 +330,23 @@ def _run(args, rest) -> int:
   workdir = pathlib.Path(args.workdir)
   at_least_one(workers=args.workers)
   overrides = overrides_of(rest, "train")
-  if args.config:
-    trials = sweeps.trials(args.config, overrides, workdir)
-    if args.print:
-      print("\n".join(commands(trials, workdir)))
-      return 0
-    sweeps.save(trials, workdir)
-  elif overrides:
+  if overrides and not args.config:
     raise UsageError("--config.FIELD=VALUE needs --config=FILE.py: a sweep that is there keeps its trials")
-  trials = sweeps.load(workdir)
+  every = sweeps.trials(args.config, overrides, workdir) if args.config else sweeps.load(workdir)
+  trials = every
   if args.only is not None:
     if not 0 <= args.only < len(trials):
       raise UsageError(f"--only={args.only}: this sweep has the trials 0 to {len(trials) - 1}")
     trials = [trials[args.only]]
-  if args.print:
-    print("\n".join(commands(trials, workdir)))
+  job = _job(args, rest, trials, workdir) if args.slurm or args.k8s else None
+  if args.dry_run:
+    print(job.text if job else "".join(f"{line}\n" for line in commands(trials, workdir)), end="")
     return 0
-  if args.slurm or args.k8s:
-    waiting = next((trial for trial in trials if trial.after), None)
-    if waiting:
-      raise UsageError(f"trial {waiting.name} has the run of {waiting.after} as its teacher, but the tasks of a job start"
-                       " at once; run the sweep with --workers, or its commands (--print) in order")
-    path = workdir / ("slurm.sh" if args.slurm else "job.yaml")
-    files.write_bytes(path, (slurm_script if args.slurm else k8s_manifest)(trials, workdir).encode())
-    print(f"wrote {path}; " + (f"start it with: sbatch {shlex.quote(str(path))}" if args.slurm else
-                               f"set its image and volume, then: kubectl apply -f {shlex.quote(str(path))}"))
+  if args.config:
+    sweeps.save(every, workdir)
+  if job:
+    files.write_bytes(workdir / job.file, job.text.encode())
+    print(f"wrote {workdir / job.file}; start it with: {job.start} {shlex.quote(str(workdir / job.file))}")
     return 0
   failed = {} if args.table else run_all(trials, workdir, args.workers, args.retry)
   if args.only is None:

@@ -32,6 +32,22 @@ def check_script(path):
   assert done.returncode == 0, done.stdout
 
 
+def as_started(command, environ):
+  """The words of a pod's command that it is started with: `$(NAME)` is a variable where there is such a one, `$$` is $."""
+  def value(match):
+    return "$" if match[0] == "$$" else environ.get(match[1], match[0])
+  return [re.sub(r"\$\$|\$\(([^)]*)\)", value, word) for word in command]
+
+
+def what_is_done(job, code, disrupted=False):
+  """What the first rule that fits a pod's end says, if any does."""
+  for rule in job["spec"]["podFailurePolicy"]["rules"]:
+    if (disrupted and {"type": "DisruptionTarget", "status": "True"} in rule.get("onPodConditions", ())
+        or code in rule.get("onExitCodes", {}).get("values", ())):
+      return rule["action"]
+  return None
+
+
 def test_slurm(tmp_path, capsys):
   """Valid bash, in which the values that could be code are words; and what it does with each exit code."""
   path = tmp_path / "run.sh"
@@ -100,20 +116,41 @@ def test_what_the_tpu_script_ends_on_a_worker(tmp_path):
 
 
 def test_k8s(capsys):
-  """The pods find each other by the variables that `ddil train` reads."""
-  assert k8s.main(["--name=dmd2", "--image=ddil:1", "--claim=data", "--pods=3", "--gpus=8", "--dry_run", "--", *TRAIN]) == 0
+  """The pods find each other by the variables that `ddil train` reads, and get its arguments as they are."""
+  own = "--config.teacher.path=$(DDIL_COORDINATOR)$$"
+  assert k8s.main(["--name=dmd2", "--image=ddil:1", "--claim=data", "--pods=3", "--gpus=8", "--dry_run", "--", *TRAIN,
+                   own]) == 0
   service, job = json.loads(capsys.readouterr().out)["items"]
   for item in (service, job):
     kubernetes_validate.validate(item, "1.31", strict=True)  # no field that it does not know
   spec, pod = job["spec"], job["spec"]["template"]["spec"]
   assert (spec["completions"], spec["parallelism"], spec["completionMode"]) == (3, 3, "Indexed")
   (container,) = pod["containers"]
-  assert container["command"] == ["python", "-m", "ddil_jax", *JOB]  # no shell
   assert container["resources"] == {"limits": {"nvidia.com/gpu": 8}}
   assert service["spec"]["clusterIP"] == "None" and pod["subdomain"] == service["metadata"]["name"] == "dmd2"
   assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
   environ = {entry["name"]: entry["value"] for entry in container["env"]} | {"JOB_COMPLETION_INDEX": "2"}
+  assert as_started(container["command"], environ) == ["python", "-m", "ddil_jax", *TRAIN, own, JOB[-1]]  # no shell
   assert processes.find(environ=environ) == processes.Cluster("kubernetes", "dmd2-0.dmd2:8476", 3, 2)
+
+
+def test_a_pod_that_has_to_make_room_is_no_failure(capsys):
+  assert k8s.main(["--name=dmd2", "--image=ddil:1", "--claim=data", "--dry_run", "--", *TRAIN]) == 0
+  job = json.loads(capsys.readouterr().out)["items"][1]
+  assert what_is_done(job, 137, disrupted=True) == what_is_done(job, 2, disrupted=True) == "Ignore"
+  assert what_is_done(job, 130) == "Ignore"  # the others, which stopped with it
+  assert what_is_done(job, 2) == "FailJob" and what_is_done(job, 1) is None
+  assert job["spec"]["backoffLimit"] == 100
+
+
+def test_k8s_with_tpus(capsys):
+  labels = {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-topology": "4x4"}
+  assert k8s.main(["--name=lcm", "--image=ddil:1", "--claim=data", "--pods=4", "--gpus=4", "--resource=google.com/tpu",
+                   *(f"--node={label}={value}" for label, value in labels.items()), "--dry_run", "--", *TRAIN]) == 0
+  job = json.loads(capsys.readouterr().out)["items"][1]
+  kubernetes_validate.validate(job, "1.31", strict=True)
+  pod = job["spec"]["template"]["spec"]
+  assert pod["containers"][0]["resources"] == {"limits": {"google.com/tpu": 4}} and pod["nodeSelector"] == labels
 
 
 def test_a_job_has_a_watchdog_unless_it_says_otherwise(tmp_path):
@@ -158,7 +195,8 @@ def test_jax_restricts_a_process_to_its_gpus():
           "processes.start(processes.find(coordinator=sys.argv[1], num_processes=1, process_id=0))\n"
           "print(jax.config.read('jax_cuda_visible_devices'))")
   own = local.commands(2, 0, [], gpus=2)[1][:2]
-  done = subprocess.run([*own, sys.executable, "-c", code, f"localhost:{local.free_port()}"], capture_output=True, text=True)
+  done = subprocess.run([*own, sys.executable, "-c", code, f"localhost:{local.free_port()}"], capture_output=True,
+                        text=True)
   assert done.stdout == "2,3\n", done.stderr
 
 
@@ -176,6 +214,8 @@ def test_jax_restricts_a_process_to_its_gpus():
     (tpu, ["--name=pod", "--zone=z", "--restarts=-1"], TRAIN, "at least 0"),
     (k8s, ["--name=DMD2", "--image=i", "--claim=c"], TRAIN, "small letters"),
     (k8s, ["--name=a", "--image=i", "--claim=c", "--pods=0"], TRAIN, "at least 1 pod"),
+    (k8s, ["--name=a", "--image=i"], TRAIN, "--claim=CLAIM are needed"),
+    (k8s, ["--name=a", "--image=i", "--claim=c", "--node=b"], TRAIN, "LABEL=VALUE"),
 ])
 def test_refuses(launcher, options, arguments, words, capsys):
   assert launcher.main([*options, "--dry_run", "--", *arguments]) == 2

@@ -1,7 +1,6 @@
 """Sweeps with real runs: killed and continued, failed trials, what schedulers get."""
 
 import json
-import os
 import pathlib
 import shlex
 import signal
@@ -11,12 +10,11 @@ import time
 
 import kubernetes_validate
 import pytest
-import yaml
 
 from ddil_jax import sweep as sweeps
 from ddil_jax.evaluation import report
-from launch import sweep
-from tests.launch.test_processes import check_script
+from launch import k8s, sweep
+from tests.launch.test_processes import as_started, check_script, what_is_done
 from tests.running import ROOT, shared  # noqa: F401
 
 CONFIG = '''
@@ -181,26 +179,49 @@ def test_a_worker_that_dies_ends_the_sweep_when_the_others_are_done(tmp_path, ca
 
 def test_schedulers_get_quoted_commands(tmp_path, capsys):
   path, workdir = write_config(tmp_path / "a b", 6, "1e-3, 2e-3"), tmp_path / "my sweep"
-  assert sweep.main(["--config", path, "--workdir", str(workdir), "--print", "--config.train.batch_size=4"]) == 0
+  assert sweep.main(["--config", path, "--workdir", str(workdir), "--dry_run", "--config.train.batch_size=4"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 4 and not workdir.exists()
   words = shlex.split(lines[3])
   assert f"--config={path}:" in words and "--config.seed=1" in words and "--config.train.batch_size=4" in words
+  assert sweep.main(["--config", path, "--workdir", str(workdir), "--slurm", "--dry_run"]) == 0
+  printed = capsys.readouterr().out
+  assert not workdir.exists()
   assert sweep.main(["--config", path, "--workdir", str(workdir), "--slurm"]) == 0
   script = (workdir / "slurm.sh").read_text()
-  assert "#SBATCH --array=0-3\n" in script
+  assert script == printed and "#SBATCH --array=0-3\n" in script
   check_script(workdir / "slurm.sh")
-  assert sweep.main(["--workdir", str(workdir), "--k8s"]) == 0
-  manifest = (workdir / "job.yaml").read_text()
-  kubernetes_validate.validate(yaml.safe_load(manifest), "1.31", strict=True)
-  assert "completions: 4\n" in manifest
-  line = next(line for line in manifest.splitlines() if "command:" in line)
-  shell = json.loads(line.partition("command:")[2])
-  done = subprocess.run([*shell[:2], shell[2].replace("exec python -m launch.sweep", "printf '%s\\n'")],
-                        env={"JOB_COMPLETION_INDEX": "3", "PATH": os.defpath}, capture_output=True, text=True, check=True)
-  assert done.stdout.splitlines() == [f"--workdir={workdir}", "--only=3"]
-  assert sweep.main(["--workdir", str(workdir), "--only=3"]) == 0
+
+
+def test_a_kubernetes_job_makes_the_sweep_that_it_runs(tmp_path, capsys, monkeypatch):
+  """Rendered where its volume is not; what a pod starts runs the trial of its index there."""
+  path, workdir = write_config(tmp_path / "a b", 6, "1e-3, 2e-3"), tmp_path / "my $$sweep"
+  given = ["--config", path, "--workdir", str(workdir), "--config.train.batch_size=4", "--k8s"]
+  assert sweep.main([*given, "--image=ddil:1", "--claim=data"]) == 2
+  assert "pods keep what lies in /data" in capsys.readouterr().err
+  monkeypatch.setattr(k8s, "VOLUME", str(tmp_path))
+  assert sweep.main([*given, "--image=ddil:1"]) == 2
+  assert "--claim=CLAIM" in capsys.readouterr().err
+  assert sweep.main([*given, "--image=ddil:1", "--claim=data", "--name=lcm", "--gpus=2", "--dry_run"]) == 0
+  job = json.loads(capsys.readouterr().out)
+  assert not workdir.exists()
+  kubernetes_validate.validate(job, "1.31", strict=True)
+  spec, pod = job["spec"], job["spec"]["template"]["spec"]
+  assert (job["metadata"]["name"], spec["completions"], spec["completionMode"]) == ("lcm", 4, "Indexed")
+  assert (what_is_done(job, 137, disrupted=True), what_is_done(job, 130)) == ("Ignore", "Ignore")
+  assert what_is_done(job, 2) == "FailIndex" and spec["backoffLimitPerIndex"] == 3
+  (container,), (volume,) = pod["containers"], pod["volumes"]
+  assert container["image"] == "ddil:1" and container["resources"] == {"limits": {"nvidia.com/gpu": 2}}
+  assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": str(tmp_path)}]
+  assert volume["persistentVolumeClaim"] == {"claimName": "data"}
+  started = as_started(container["command"], {"JOB_COMPLETION_INDEX": "3"})
+  assert started[:3] == ["python", "-m", "launch.sweep"] and sweep.main(started[3:]) == 0
   assert [row["status"] for row in plain_table(workdir)] == ["open", "open", "open", "done"]
+  # Also of a sweep that is there.
+  assert sweep.main(["--workdir", str(workdir), "--k8s", "--image=ddil:1", "--claim=data"]) == 0
+  again = json.loads((workdir / "job.json").read_text())["spec"]
+  assert as_started(again["template"]["spec"]["containers"][0]["command"], {})[3] == f"--workdir={workdir}"
+  assert again["completions"] == 4
 
 
 @pytest.mark.parametrize("arguments, message", [
