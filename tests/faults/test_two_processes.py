@@ -1,4 +1,4 @@
-"""Two processes with two devices each train one run: like one process, and through the death of one of them."""
+"""Two processes with several devices each train one run: like one process, and through the death of one of them."""
 
 import json
 import os
@@ -71,14 +71,14 @@ def assert_close(a, b):
 def test_one_of_two_is_killed(tmp_path, trained, capfd):  # noqa: F811
   """kill -9 of process 1 at step 7: up to there both did what one process does, and one process goes on from step 5.
 
-  With everything split that can be, and a teacher in bfloat16.
+  With four devices each, everything split that can be, and a teacher in bfloat16.
   """
   both = commands(tmp_path / "two", *RUN, *SPLIT)
   both[1] = [sys.executable, "-c", DIES, str(tmp_path / "two"), *both[1][3:]]
-  codes = local._once(both, local.environment(2), grace=5)
+  codes = local._once(both, local.environment(4), grace=5)
   said = capfd.readouterr()
   assert codes[1] == -signal.SIGKILL and codes[0] not in local.SETTLED
-  assert "batch 8 = 4 device(s) x 1 pass(es) x 2; mesh of data 2 x fsdp 2" in said.out
+  assert "batch 8 = 8 device(s) x 1 pass(es) x 1; mesh of data 4 x fsdp 2" in said.out
   assert "Involuntary full rematerialization" not in said.err  # the compiler found a way for every array
   assert not (tmp_path / "two" / "results.json").exists()
   split = log_lib.read_metrics(tmp_path / "two" / "metrics.jsonl")
