@@ -29,8 +29,8 @@ def read_folder(folder) -> tuple[dict, dict[str, np.ndarray], dict[str, str]]:
   except UsageError as e:
     raise UsageError(f"{path}: {e}") from e
   prepared = folder / "preprocessor_config.json"
-  if prepared.exists():
-    fields |= _colours(prepared)
+  with weights.reading(prepared):
+    fields |= _colours(prepared) if prepared.exists() else {}
   tensors = weights.read_safetensors(folder / "model.safetensors")
   return fields, tensors, {name: weights.sha256(folder / name) for name in ("config.json", "model.safetensors")}
 

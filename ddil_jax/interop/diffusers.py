@@ -9,6 +9,7 @@ single files of Stable Diffusion are read too, by `interop/single_file.py`.
 """
 
 import functools
+import itertools
 import math
 import pathlib
 import re
@@ -24,7 +25,12 @@ from ddil_jax.interop import configs, single_file, weights
 from ddil_jax.types import Params
 
 KIND = "diffusers"
-_STEMS = ("diffusion_pytorch_model", "model", "diffusion_pytorch_model.fp16", "model.fp16")
+_STEMS = ("diffusion_pytorch_model", "model")
+_HALF = ".fp16"  # what names of half precision have more; read where there is nothing else
+# What follows a stem there: first full precision, then half.
+_ON_THE_HUB = ((".safetensors", ".safetensors.index.json", "-*-of-[0-9][0-9][0-9][0-9][0-9].safetensors"),
+               (f"{_HALF}.safetensors", f".safetensors.index{_HALF}.json", f"{_HALF}-*.safetensors",
+                f"-*{_HALF}.safetensors"))
 _AGAIN = "convert the folder again: `ddil convert FOLDER --out=FILE.safetensors`"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_PARAMETERS = 20_000_000_000  # SDXL has 2.6
@@ -83,16 +89,17 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       supported or makes no sense.
   """
   source = pathlib.Path(folder)
-  named = source.resolve().name if source.exists() else str(folder)
-  if source.is_file():
-    folder, described = source, source
-    config, there = _single(source, component or "unet")
-  else:
-    if not source.is_dir() and re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", str(folder)):
-      source = download(str(folder), component)
-    folder = _model_folder(source, component)
-    described = folder / "config.json"
-    config, there = weights.read_json(described), None
+  with weights.reading(source):
+    named = source.resolve().name if source.exists() else str(folder)
+    if single := source.is_file():
+      folder, described = source, source
+      config, there = _single(source, component or "unet")
+    else:
+      if not source.is_dir() and re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*", str(folder)):
+        source = download(str(folder), component)
+      folder = _model_folder(source, component)
+      described = folder / "config.json"
+      config, there = weights.read_json(described), None
   if guidance_embedding:
     if not str(config.get("_class_name")) == "UNet2DConditionModel" or config.get("time_cond_proj_dim"):
       raise UsageError(f"{folder}: a guidance embedding is added to a UNet2DConditionModel that has none yet")
@@ -100,7 +107,8 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
   module, ignored = _module(config, described)
   shapes = _shapes(module, folder)
   wanted = weights.names({"params": flax.traverse_util.unflatten_dict(shapes)}, weights.NUMBERED)
-  there = there or _tensors(folder)
+  with weights.reading(folder):
+    there, licence = (there, "") if single else (_tensors(folder), _license(folder))
   found, problems, new = {}, [], []
   for path, shape in shapes.items():
     name = wanted["params", *path]
@@ -113,7 +121,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       found[path] = there[name]
   if problems:
     more = f"; {len(problems) - 6} more such" if len(problems) > 6 else ""
-    raise UsageError(f"{folder}: weights and {'its layout' if folder.is_file() else 'config.json'} do not fit:"
+    raise UsageError(f"{folder}: weights and {'its layout' if single else 'config.json'} do not fit:"
                      f" {'; '.join(problems[:6])}{more}")
   known = set(wanted.values())
   unused = [f"{name} {list(t.shape)}" for name, t in there.items()
@@ -128,7 +136,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
       raise UsageError(f"{found[path].file}: {found[path].name} has values that are not finite")
     return weights.from_torch(x, path, shapes[path])
 
-  about = {"kind": KIND, "config": config, "source": named, "license": "" if folder.is_file() else _license(folder)}
+  about = {"kind": KIND, "config": config, "source": named, "license": licence}
   files.stream_arrays(out, {"/".join(path): shape for path, shape in shapes.items()}, read, about)
   model = f"{_class(config)}: {_count(shapes):,} parameters in {len(shapes)} tensors"
   return Report(model, tuple(new), tuple(unused), ignored)
@@ -142,11 +150,15 @@ def download(name: str, component: str = "") -> pathlib.Path:
   """
   import huggingface_hub  # it takes long, and a local folder does without
   inner = component or "unet"
-  wanted = ["README.md", "config.json", "model_index.json", *(f"{stem}.safetensors*" for stem in _STEMS[:2]),
-            f"{inner}/config.json", *(f"{inner}/{stem}.safetensors*" for stem in _STEMS[:2]),
-            *(f"{inner}/{stem}-*.safetensors" for stem in _STEMS[:2])]
+  described = ["README.md", "config.json", "model_index.json", f"{inner}/config.json"]
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+    for kinds in _ON_THE_HUB:
+      stems = [f"{at}{stem}" for at in ("", f"{inner}/") for stem in _STEMS]
+      wanted = described + [stem + kind for stem in stems for kind in kinds]
+      found = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
+      if any(file for stem in stems for file in found.glob(f"{stem}*.safetensors")):
+        break
+    return found
   except Exception as e:  # of the Hub's client and of several libraries below it
     raise UsageError(f"no folder {name} is here, and it cannot be had from the Hugging Face Hub ({type(e).__name__}):"
                      f" where there is a network, `hf download {name} --local-dir FOLDER`, then `ddil convert FOLDER`"
@@ -327,8 +339,8 @@ def _require(arrays: dict[str, Any], shapes: dict[tuple[str, ...], tuple[int, ..
 
 def _tensors(folder: pathlib.Path) -> dict[str, weights.Stored]:
   """All tensors of a model's folder by their names in the current layout."""
-  for stem in _STEMS:
-    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+  for stem, kind in itertools.product(_STEMS, ("", _HALF)):
+    index, single = folder / f"{stem}.safetensors.index{kind}.json", folder / f"{stem}{kind}.safetensors"
     if single.is_file():
       shards = [single]
       break

@@ -43,7 +43,11 @@ def read(folder, config: dict[str, Any]) -> Pipeline:
     UsageError: no pipeline, one of another class or with code of its own, for another UNet, with missing or pickled
       weights, or with links out of its folder.
   """
-  folder = pathlib.Path(folder)
+  with weights.reading(folder):
+    return _read(pathlib.Path(folder), config)
+
+
+def _read(folder: pathlib.Path, config: dict[str, Any]) -> Pipeline:
   path = folder / INDEX
   if not path.is_file():
     raise UsageError(f"{folder} is no folder of a pipeline: it has no {INDEX}; give that of the teacher")

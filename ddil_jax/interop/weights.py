@@ -1,9 +1,11 @@
 """Published weights into Flax variables: files are read safely, names and shapes are checked."""
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import flax
@@ -13,11 +15,22 @@ import safetensors
 
 from ddil_jax.errors import UsageError
 
+# What numpy has of safetensors' types; bfloat16 is of ml_dtypes, which JAX brings.
+_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 LARGEST_JSON = 16 * 2**20  # bytes
 # Names made from Flax paths -> those of diffusers and transformers, whose lists are numbered by a part of their own.
 NUMBERED = ((r"\b(\w+blocks|attentions|resnets|downsamplers|upsamplers|to_out|net|layers)_(\d+)\b", r"\1.\2"),)
 # The last part of a Flax path in PyTorch's terms.
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+@contextlib.contextmanager
+def reading(path) -> Iterator[None]:
+  """Within it, what the system refuses is a UsageError: `path` is the user's, and only read."""
+  try:
+    yield
+  except OSError as e:
+    raise UsageError(f"cannot read {e.filename or path}: {e.strerror or e}") from e
 
 
 def sha256(path) -> str:
@@ -51,9 +64,10 @@ def read_torch(path) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path) -> dict[str, np.ndarray]:
-  """The tensors of a safetensors file, float32. Raises UsageError if it is absent or damaged."""
+  """The tensors of a safetensors file, float32. Raises UsageError if it is absent or damaged, or of other types."""
   try:
     with safetensors.safe_open(str(path), framework="numpy") as f:
+      _require_types(path, f)
       return {name: f.get_tensor(name).astype(np.float32) for name in f.keys()}  # noqa: SIM118 (not a dict)
   except (OSError, safetensors.SafetensorError, TypeError) as e:
     raise UsageError(f"{path} is absent, damaged or no safetensors file of floats ({e})") from e
@@ -82,10 +96,21 @@ class Stored(NamedTuple):
 
 
 def stored(path) -> dict[str, Stored]:
-  """{name: tensor} of a safetensors file; reads its header only. Raises UsageError as `open_safetensors`."""
+  """{name: tensor} of a safetensors file; reads its header only.
+
+  Raises:
+    UsageError: as `open_safetensors`; types of numbers that are not read.
+  """
   path = pathlib.Path(path)
   with open_safetensors(path) as f:
+    _require_types(path, f)
     return {name: Stored(path, name, tuple(f.get_slice(name).get_shape())) for name in f.keys()}  # noqa: SIM118
+
+
+def _require_types(path, f) -> None:
+  for name in f.keys():  # noqa: SIM118 (not a dict)
+    if (kind := f.get_slice(name).get_dtype()) not in _TYPES:
+      raise UsageError(f"{path}: {name} is of type {kind}, which is not read; save the weights as float16 or float32")
 
 
 def open_safetensors(path):

@@ -217,6 +217,9 @@ def test_folders_that_do_not_fit(refuse, folder, tmp_path):  # noqa: F811
   for part in (content[:-50], content[:50], b""):
     (tmp_path / "m" / "model.safetensors").write_bytes(part)
     assert "model.safetensors is absent, damaged" in run()
+  header = json.dumps({"logit_scale": {"dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}).encode()
+  (tmp_path / "m" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+  assert "logit_scale is of type F8_E5M2" in run()
   for text, words in (("[]", "no JSON object"), ("[" * 100_000, "cannot read"),
                       (" " * (weights.LARGEST_JSON + 1), "larger than any such file")):
     (tmp_path / "m" / "config.json").write_text(text)

@@ -177,6 +177,72 @@ def test_weights_that_are_refused(spoil, refuse, pipeline, tmp_path, monkeypatch
   assert "convert the folder again" in refuse("export", pipeline / "unet" / WEIGHTS, out)
 
 
+def test_what_the_system_refuses_is_the_users_mistake(spoil, pipeline, refuse, tmp_path, monkeypatch):  # noqa: F811
+  """A folder without permission, of a model and of a pipeline: exit code 2."""
+  def denied(self, *_):
+    raise PermissionError(13, "Permission denied", str(self))
+
+  file = tmp_path / "file.safetensors"
+  assert main(["convert", str(pipeline), f"--out={file}"]) == 0
+  index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"]}
+  (tmp_path / "p" / "vae").mkdir(parents=True)
+  (tmp_path / "p" / "model_index.json").write_text(json.dumps(index))
+  with monkeypatch.context() as patch:
+    patch.setattr("pathlib.Path.iterdir", denied)
+    line = spoil(lambda folder: (folder / WEIGHTS).unlink())
+    assert f"cannot read {tmp_path / 'm'}: Permission denied" in line
+    line = refuse("export", file, f"--out={tmp_path / 'new'}", f"--pipeline={tmp_path / 'p'}")
+    assert f"cannot read {tmp_path / 'p' / 'vae'}: Permission denied" in line
+  with monkeypatch.context() as patch:
+    patch.setattr("pathlib.Path.is_file", denied)
+    assert "cannot read" in refuse("convert", tmp_path / "m", f"--out={tmp_path / 'out'}")
+
+
+def test_types_that_are_not_read(spoil):
+  """By the header, before anything is written; numpy has no float of 8 bits."""
+  def eight_bits(folder):
+    header = json.dumps({"conv_in.bias": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (folder / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+  assert "conv_in.bias is of type F8_E4M3, which is not read" in spoil(eight_bits)
+
+
+@pytest.mark.parametrize("files, wanted", [
+    (["a.safetensors", "a.fp16.safetensors", "a.bin"], ["a.safetensors"]),
+    (["a.fp16.safetensors", "a.bin", "a.fp16.bin"], ["a.fp16.safetensors"]),
+    (["a.safetensors.index.fp16.json", "a.fp16-00001-of-00001.safetensors", "a-00001-of-00001.bin"],
+     ["a.fp16-00001-of-00001.safetensors", "a.safetensors.index.fp16.json"]),
+    (["a.safetensors.index.json", "a-00001-of-00001.safetensors", "a-00001-of-00001.fp16.safetensors"],
+     ["a-00001-of-00001.safetensors", "a.safetensors.index.json"]),
+    (["a.safetensors.index.fp16.json", "a-00001-of-00001.fp16.safetensors", "b.safetensors"],
+     ["a-00001-of-00001.fp16.safetensors", "a.safetensors.index.fp16.json"])])
+def test_what_is_asked_of_the_hub(files, wanted, pipeline, tmp_path, monkeypatch):
+  """Safetensors of one component, full precision where there is some, else half; the Hub is a folder here."""
+  from huggingface_hub.utils import filter_repo_objects
+  hub, cache = tmp_path / "hub", tmp_path / "cache"
+  stem = WEIGHTS.removesuffix(".safetensors")
+  index = json.dumps({"weight_map": dict.fromkeys(tensors_of(pipeline / "unet"), next(
+      (f.replace("a", stem, 1) for f in files if "-of-" in f and f.endswith(".safetensors")
+       and (".fp16" in f) == any("index.fp16" in g for g in files)), ""))})
+  there = {"model_index.json": b"{}", "unet/config.json": json.dumps(CONFIG).encode(), "vae/config.json": b"{}",
+           "v1-5-pruned.safetensors": b"", f"vae/{WEIGHTS}": b""}
+  for name in files:
+    content = index.encode() if name.endswith(".json") else (pipeline / "unet" / WEIGHTS).read_bytes()
+    there["unet/" + (name.replace("a", stem, 1) if name[0] == "a" else name)] = content
+
+  def snapshot(name, allow_patterns):
+    assert name == "someone/some-model"
+    for path in filter_repo_objects(there, allow_patterns=allow_patterns):
+      (cache / path).parent.mkdir(parents=True, exist_ok=True)
+      (cache / path).write_bytes(there[path])
+    return str(cache)
+
+  monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+  assert main(["convert", "someone/some-model", f"--out={tmp_path / 'out'}"]) == 0
+  found = sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
+  assert found == ["model_index.json", "unet/config.json", *(f"unet/{name.replace('a', stem, 1)}" for name in wanted)]
+
+
 @pytest.mark.parametrize("change, said", [
     (dict(_class_name="FluxTransformer2DModel"), "unknown model 'FluxTransformer2DModel'; "),
     (dict(_class_name=None), "unknown model 'None'"),
