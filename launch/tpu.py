@@ -50,6 +50,7 @@ train={shlex.quote(f"cd {shlex.quote(folder)} && exec {train}")}
 # What is left of the run on other workers holds their chips: it may finish its step and save, then it has to go.
 stop={shlex.quote(stop)}
 for attempt in $(seq 0 {restarts}); do
+  # Its code is that of the first worker, in their order, whose code is not 0.
   on_all "$train"
   code=$?
   case "$code" in
