@@ -6,8 +6,8 @@
     sbatch run.sh
 
 The processes find each other by what SLURM sets. Two minutes before a job's time is over SLURM sends SIGTERM: the
-run finishes its step, saves, and ends with 130. Then it is queued again. So is a run that failed, unless by wrong usage,
-until the job has been queued --restarts times.
+run finishes its step, saves, and ends with 130. Then it is queued again. So is a run that failed, but not for wrong
+usage, and not when its job has been queued again --restarts times.
 """
 
 import re

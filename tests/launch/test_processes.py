@@ -33,7 +33,7 @@ def check_script(path):
 
 
 def as_started(command, environ):
-  """The words of a pod's command that it is started with: `$(NAME)` is a variable where there is such a one, `$$` is $."""
+  """A pod's command as it is started: `$(NAME)` is a variable where there is one of that name, `$$` is a dollar."""
   def value(match):
     return "$" if match[0] == "$$" else environ.get(match[1], match[0])
   return [re.sub(r"\$\$|\$\(([^)]*)\)", value, word) for word in command]
