@@ -3,7 +3,7 @@
     python -m launch.coco --workdir=runs/sd15_lcm --data=data/coco
 
 The data are those of `ddil prepare --keep_images` on coco_captions, the networks those of `ddil convert-extractor`
-(docs/user_guide.md). Samples are of the captions of the validation images, each another one; for the diversity ten of
+(docs/user_guide.md). Samples are of the captions of the validation images, one each, none twice; for the diversity ten of
 each of 1,000. Writes coco.json in the run's folder.
 """
 
