@@ -14,6 +14,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
@@ -316,7 +317,7 @@ class _Clock:
 
 def _stored(params, dtype: str):
   """Parameters in the dtype in which they are kept."""
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+  return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), params)
 
 
 def student_params(config, built, state, teacher):

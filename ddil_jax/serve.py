@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -195,8 +197,8 @@ def _sides(config: ConfigDict, built: build_lib.Built, params: Params, condition
   if objective.teacher is not None:
     reads = reads and bool(config.teacher.get("guidance_embedding", 0))
     free = reads or (conditional and not config.teacher.folded_guidance_scale)
-    sides.append(of("teacher", trained.load_teacher(config, built), samplers.of_teacher, config.states.teacher_steps,
-                    MOST_STEPS, free, reads))
+    teacher = jax.tree.map(jnp.asarray, trained.load_teacher(config, built))
+    sides.append(of("teacher", teacher, samplers.of_teacher, config.states.teacher_steps, MOST_STEPS, free, reads))
   return tuple(sides)
 
 

@@ -37,6 +37,7 @@ class Probe:
   def __init__(self, built: build_lib.Built, sampler: samplers.Sampler, teacher, num_samples: int,
                teacher_steps: int, batch_size: int = 500, seed: int = 0):
     parts, data, grid = built.parts, built.dataset, sampler.grid
+    teacher = jax.tree.map(jnp.asarray, teacher)  # once, not at every call
     first, second = _pairs_of_a_class(data.labels, num_samples, seed)
     n = len(first)
     self.grid, self._n, self._batch_size = grid, n, batch_size

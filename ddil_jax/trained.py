@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
@@ -129,7 +130,7 @@ def params_of(config, built, workdir):
     return params, meta
   teacher = load_teacher(config, built)
   _require_its_teacher(workdir, meta, teacher, config.teacher.path)
-  return completed(built.objective, params, teacher), meta
+  return jax.tree.map(jnp.asarray, completed(built.objective, params, teacher)), meta
 
 
 def own_params_of(config, built, workdir):
@@ -172,8 +173,8 @@ def sample(config: ConfigDict, workdir: str | pathlib.Path, num_samples: int, se
   params, _ = params_of(config, built, workdir)
   chosen = samplers.samplers(config, built, steps)[0]
   data = built.dataset
-  draw = measure_lib.draw_with(chosen, params, load_teacher(config, built) if chosen.with_teacher else None,
-                               data.decoder)
+  teacher = jax.tree.map(jnp.asarray, load_teacher(config, built)) if chosen.with_teacher else None
+  draw = measure_lib.draw_with(chosen, params, teacher, data.decoder)
   cond = measure_lib.conditions(data, num_samples)
   if prompts:
     cond = prompting.conditions(data, prompting.encoder(config, encoders, tokenizer), prompts, num_samples)
@@ -246,6 +247,9 @@ def saved_config(workdir: str | pathlib.Path) -> ConfigDict:
 def load_teacher(config: ConfigDict, built: build_lib.Built):
   """The frozen parameters at config.teacher.path, checked against the architecture; () where none is needed.
 
+  They are on the host: in training there is on the devices what the step reads of them, split over them and in
+  config.teacher.dtype. Who calls a network with them again and again puts them on a device first.
+
   Raises:
     UsageError: no path given, nothing there, or parameters of another architecture (listed).
   """
@@ -257,7 +261,7 @@ def load_teacher(config: ConfigDict, built: build_lib.Built):
   except UsageError as error:
     raise UsageError(f"{error}; set config.model, or where the teacher differs from the student config.teacher, to what"
                      " the teacher's run has") from None
-  return jax.tree.map(jnp.asarray, params)
+  return jax.tree.map(lambda v: np.array(v) if isinstance(v, jax.Array) else v, params)
 
 
 def _find_teacher(config, init):

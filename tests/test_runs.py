@@ -1,5 +1,6 @@
 """Runs that are stopped, killed and continued give the numbers of one that was not."""
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ FOUR = ("--config.train.steps=4", "--config.train.checkpoint_every=2", *SHORT)
 DMD2 = ("train", "--config=configs/digits_dmd2.py:smoke", "--config.objective.gan_weight=0.1",
         "--config.objective.period=2", "--config.model.channel_mult=(1,)", "--config.states.forward=0.4",
         "--config.states.student=0.3", "--config.states.teacher=0.3", "--config.states.refresh_every=2", *FOUR)
+LAST = (3, 3, 8, 1)  # of the kernels of its networks
 # A process that is killed as soon as step 3 is logged and the checkpoint of step 2 lies on disk.
 KILLED = """
 import os, pathlib, signal, sys, time
@@ -55,9 +57,19 @@ def assert_same_bits(a, b):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), jax.tree_util.keystr(name)
 
 
-def test_killed_and_continued(tmp_path, trained, capsys):  # noqa: F811
+def copies() -> int:
+  """Arrays of the shape of the network's last kernel that lie on the device."""
+  gc.collect()
+  return sum(v.shape == LAST and v.dtype == np.float32 for v in jax.live_arrays())
+
+
+def test_killed_and_continued(tmp_path, trained, monkeypatch, capsys):  # noqa: F811
   """DMD2 with GAN, replay and the mixture: 4 steps are 2, SIGKILL, and 2, bit for bit."""
-  assert main([*DMD2, f"--workdir={tmp_path / 'whole'}"]) == 0
+  before, during = copies(), []
+  with monkeypatch.context() as patch:
+    write = log_lib.MetricWriter.write
+    patch.setattr(log_lib.MetricWriter, "write", lambda *arguments: (during.append(copies()), write(*arguments)))
+    assert main([*DMD2, f"--workdir={tmp_path / 'whole'}"]) == 0
   killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), *DMD2], cwd=ROOT,
                           capture_output=True, text=True)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -77,6 +89,9 @@ def test_killed_and_continued(tmp_path, trained, capsys):  # noqa: F811
   results = [json.loads((tmp_path / name / "results.json").read_text())[0] for name in ("whole", "killed")]
   assert results[0]["metrics"] == results[1]["metrics"]
   # Parameters, gradients' moments and averages of both players lie there at once; not what a sitting before compiled.
+  # Of the teacher there is what the step reads, and no second copy.
+  tree = jax.tree.leaves((whole.params, whole.opt, whole.ema))
+  assert during[0] - before == sum(v.shape == LAST for v in tree) + 1
   held = sum(v.nbytes for v in jax.tree.leaves((whole.params, whole.opt, whole.ema)))
   assert held < results[0]["step_bytes"] == results[1]["step_bytes"] < 100 * held
   assert 0 < results[0]["step_seconds"] < results[0]["seconds"]
