@@ -1,9 +1,9 @@
 """What a training step needs on machines that are not here: memory, operations, collectives, time.
 
 The real step of a config is compiled for a topology; nothing is run. TPU programs come from libtpu's compiler
-without a TPU. For GPUs the program is compiled for as many virtual CPU devices: what is kept (parameters,
-optimizers, averages, teacher, buffers) and the collectives are the same, temporary memory is that of XLA's CPU
-buffer assignment and an estimate.
+without a TPU. For GPUs their program is compiled for as many virtual CPU devices: what is kept (parameters,
+optimizers, averages, teacher, buffers) is the same, temporary memory and the collectives are what XLA's CPU compiler
+makes of it: estimates.
 
 The time is a roofline: the longest of operations / peak rate, bytes moved / memory bandwidth and collective bytes /
 interconnect bandwidth, as if the three overlapped entirely. A real step takes longer.
@@ -200,7 +200,9 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> P
                            config.train.batch_size, config.states.rollout_params, layout)
 
   options = parallel.Options(config.train.fsdp, config.train.sharding, config.train.min_shard, config.train.microbatch)
-  runner = parallel.make_runner(config.train.parallel, make_step, config.train.batch_size, devices, options)
+  stands_in = chip is not None and devices[0].platform == "cpu"
+  runner = parallel.make_runner(config.train.parallel, make_step, config.train.batch_size, devices, options,
+                                platform="gpu" if stands_in else "")
   teacher = _as(jax.eval_shape(built.init_teacher, jax.random.key(0)), config.teacher.dtype) \
       if built.init_teacher else ()
   make_state = functools.partial(init_state, built.objective, built.distribution, built.optimizers, built.ema_decays)

@@ -25,7 +25,7 @@ from ddil_jax import measure as measure_lib
 from ddil_jax import samplers, trained
 from ddil_jax import shift as shift_lib
 from ddil_jax.data import pipeline
-from ddil_jax.data.dataset import some
+from ddil_jax.data.dataset import Dataset, some
 from ddil_jax.errors import UsageError
 from ddil_jax.models import base as models
 from ddil_jax.objectives.base import completed
@@ -155,10 +155,15 @@ def _fit_together(config, teacher, say) -> _Setup:
   # Process 0 prepares the data set where that is needed; the others find it.
   processes.together(lambda: build_lib.load_data(config, "train") if processes.is_first() else None)
   setup = processes.together(lambda: _fit(config, teacher, say))
-  data = setup.built.dataset
-  processes.require_agreement({"data": processes.array_hash(some(data.images), data.labels),
+  processes.require_agreement({"data": data_hash(setup.built.dataset),
                                "teacher": params_lib.hash_params(setup.teacher) if setup.teacher else ""})
   return setup
+
+
+def data_hash(data: Dataset) -> str:
+  """Of what training reads: of sets on disk the first rows."""
+  rows = [data.images, *(data.cond[name] for name in sorted(data.cond))]
+  return processes.array_hash(*map(some, rows), data.labels)
 
 
 def _fit(config, teacher, say) -> _Setup:

@@ -153,6 +153,16 @@ def test_a_sampling_grid_of_ones_own():
   np.testing.assert_array_equal(own.sample(params, keys, cond), two.sample(params, keys, cond))
 
 
+def test_sets_of_prompts_alone_differ_by_their_prompts():
+  """Their images are all NaN."""
+  data = build_lib.load_data(load("emoji_lcm.py:smoke"), "train")
+  blind = data._replace(images=np.full_like(data.images, np.nan))
+  name, rows = next(iter(sorted(data.cond.items())))
+  others = blind._replace(cond={**data.cond, name: np.asarray(rows)[::-1]})
+  assert runs.data_hash(blind) == runs.data_hash(blind._replace(cond=dict(data.cond))) != runs.data_hash(others)
+  assert runs.data_hash(data) != runs.data_hash(blind)
+
+
 def test_students_of_all_stages_are_told_the_scale(tmp_path):
   """Stage two of guided distillation: each student is measured at every scale, since none has one folded in."""
   guided, told = (runs._stage_configs(load(f"digits_pd.py:smoke,{arg}", train__stages="(4, 2)"), tmp_path)

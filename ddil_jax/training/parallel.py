@@ -76,8 +76,11 @@ class Runner(NamedTuple):
 
 
 def make_runner(mode: str, make_step: Callable[[Layout], Callable], batch_size: int, devices: list | None = None,
-                options: Options = Options()) -> Runner:
+                options: Options = Options(), platform: str = "") -> Runner:
   """A runner of `make_step(layout)`.
+
+  Args:
+    platform: for which the step is made; "" is that of the devices.
 
   Raises:
     UsageError: unknown mode, a batch that the devices cannot share evenly, or options that do not fit.
@@ -92,7 +95,7 @@ def make_runner(mode: str, make_step: Callable[[Layout], Callable], batch_size: 
   _require_mesh(mode)
   share = batch_size // count
   passes = share // _largest_divisor(share, options.microbatch or share)
-  layout = Layout(passes=passes, unroll=devices[0].platform == "cpu")
+  layout = Layout(passes=passes, unroll=(platform or devices[0].platform) == "cpu")
   summary = f"batch {batch_size} = {count} device(s) x {passes} pass(es) x {share // passes}"
   if options.fsdp > 1:
     summary += f"; mesh of data {count // options.fsdp} x fsdp {options.fsdp}"

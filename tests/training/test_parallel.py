@@ -126,6 +126,15 @@ def test_an_optimizer_state_lies_with_its_parameters():
   assert rows.shape == (4, 8) and shard(rows) == (4, 2)
 
 
+def test_loops_are_written_out_for_cpus_alone():
+  """Also where a CPU's devices stand in for a GPU's, as in `ddil plan`."""
+  made = []
+  for platform in ("", "gpu"):
+    parallel.make_runner("single", lambda layout: made.append(layout) or (lambda *arguments: arguments), 8,
+                         platform=platform)
+  assert [layout.unroll for layout in made] == [True, False]
+
+
 @pytest.mark.parametrize("mode, options, words", [
     ("mesh", Options(fsdp=3), "fsdp=3: a divisor of the 8 device"), ("single", Options(fsdp=2), "fsdp=2.*single"),
     ("pmap", Options(fsdp=2), "train.parallel=mesh, which is pmap"), ("mesh", Options(fsdp=0), "fsdp=0")])
