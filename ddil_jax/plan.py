@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from ddil_jax import build as build_lib
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
-from ddil_jax.training import compiling, parallel
+from ddil_jax.training import compiling, hlo, parallel
 from ddil_jax.training.collectives import collective_bytes, ideal_bytes
 from ddil_jax.training.step import Layout, due_players, init_state, make_train_step
 
@@ -62,8 +62,10 @@ class Program(NamedTuple):
   Attributes:
     due: the players that learn in it.
     temporary, peak: bytes; peak is arguments, results that do not replace them, and temporary memory.
-    flops, moved: operations, and bytes between chip and memory, of one step.
-    collectives: {kind: bytes that a chip sends} of one step.
+    flops, flops_most: operations of matrix products and convolutions, with the cheapest and with the dearest branch of
+      what a step may do: one source or another, replay buffers refreshed or not.
+    moved: bytes between chip and memory by the compiler's account, which counts loops once.
+    collectives: {kind: bytes that a chip sends} of one step, with the dearest branch.
     ideal: the least bytes that a chip has to send, see `training/collectives.py::ideal_bytes`.
     seconds: of compiling.
     refused: what the compiler said where it gave up for want of memory; `flops`, `moved` and `collectives` are not
@@ -73,6 +75,7 @@ class Program(NamedTuple):
   temporary: int
   peak: int
   flops: float
+  flops_most: float
   moved: float
   collectives: dict[str, float]
   ideal: float
@@ -305,13 +308,12 @@ def _compile(lowered, due, ideal, arguments, say) -> Program:
       raise
     temporary = said_bytes(words)
     seconds = round(time.monotonic() - began, 1)
-    return Program(due, temporary, arguments + temporary, 0.0, 0.0, {}, ideal, seconds, words)
+    return Program(due, temporary, arguments + temporary, 0.0, 0.0, 0.0, {}, ideal, seconds, words)
   finally:
     done.set()
-  memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-  return Program(due, memory.temp_size_in_bytes, compiling.peak_bytes(compiled), cost.get("flops", 0.0),
-                 cost.get("bytes accessed", 0.0), collective_bytes(compiled.as_text()), ideal,
-                 round(time.monotonic() - began, 1))
+  memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+  return Program(due, memory.temp_size_in_bytes, compiling.peak_bytes(compiled), *hlo.operations(text),
+                 cost.get("bytes accessed", 0.0), collective_bytes(text), ideal, round(time.monotonic() - began, 1))
 
 
 def said_bytes(words: str) -> int:
@@ -331,7 +333,9 @@ def table(found: Plan) -> str:
       continue
     lines += ["", f"step of {', '.join(program.due)} ({share:.0%} of the steps; compiled in {program.seconds:.0f} s)",
               f"  {'temporary':20}{_size(program.temporary)}", f"  {'peak':20}{_size(program.peak)}",
-              f"  {'operations':20}{program.flops:9.3g}", f"  {'memory traffic':20}{_size(program.moved)}"]
+              f"  {'operations':20}{program.flops:9.3g}"
+              + f" to {program.flops_most:.3g}, by what a step draws" * (program.flops_most > program.flops),
+              f"  {'memory traffic':20}{_size(program.moved)}"]
     lines += [f"  {kind:20}{_size(value)}" for kind, value in program.collectives.items()]
     if program.ideal:
       sent = sum(program.collectives.values())

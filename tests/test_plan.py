@@ -43,7 +43,9 @@ def test_what_a_chip_keeps(plans):
   assert whole.kept["batch"] == 2 * (8 * 8 * 4 + 4 + 4)  # two examples of 8x8, a label, a lane
   for found in plans.values():
     program, = found.programs
-    assert program.peak >= sum(found.kept.values()) and program.flops > 0 and found.shares == [1.0]
+    assert program.peak >= sum(found.kept.values()) and 0 < program.flops and found.shares == [1.0]
+    assert program.flops_most > 2 * program.flops  # a step may refill the buffers: a rollout of several steps
+    assert f"to {program.flops_most:.3g}, by what a step draws" in plan_lib.table(found)
 
 
 def test_collectives_are_the_arithmetic(plans):

@@ -1,10 +1,11 @@
 """Bytes that devices send each other in a training step: those of a compiled program, and the least possible."""
 
-import collections
 import math
 import re
 
 import jax
+
+from ddil_jax.training import hlo
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
           "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
@@ -12,37 +13,16 @@ _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permut
 
 
 def collective_bytes(text: str) -> dict[str, float]:
-  """{kind: bytes that a device sends} of one run of an optimised program.
+  """{kind: bytes that a device sends} of one run of an optimised program, of conditionals with the dearest branch.
 
   A ring over n devices sends 2 (n - 1) / n of what it reduces, (n - 1) / n of what it gathers or of what it reduces
-  and scatters, all of what it permutes. What lies in a loop counts as often as the loop is known to run, once where
-  that is not known.
+  and scatters, all of what it permutes.
   """
-  bodies, entry, calls, sent = {}, "", [], collections.Counter()
-  for line in text.splitlines():
-    head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-    if head:
-      calls, sent = bodies[head[2]] = ([], collections.Counter())
-      entry = head[2] if head[1] else entry
-      continue
-    trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
-    for role, several in re.findall(r"(body|calls|to_apply|branch_computations|true_computation|false_computation)="
-                                    r"(\{[^}]*\}|%?[\w.\-]+)", line):
-      times = int(trips[1]) if trips and role == "body" else 1
-      calls += [(called, times) for called in re.findall(r"[\w.\-]+", several)]
+  def of(line, _):
     found = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
-    if found:
-      sent[found[2]] += _sent(found[2], found[1], bool(found[3]), _group_size(line))
+    return {found[2]: _sent(found[2], found[1], bool(found[3]), _group_size(line))} if found else {}
 
-  def total(name):
-    calls, own = bodies[name]
-    out = collections.Counter(own)
-    for called, times in calls:
-      for kind, value in total(called).items() if called in bodies else ():
-        out[kind] += times * value
-    return out
-
-  return dict(total(entry))
+  return {kind: sent.most for kind, sent in hlo.totals(text, of).items()}
 
 
 def _sent(kind, shapes, asynchronous, n) -> float:
