@@ -164,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
                     " libtpu`), h100:8, cpu:8")
   plan.add_argument("--batch", type=int, default=0, help="over all chips (default: the config's)")
   plan.add_argument("--largest", action="store_true", help="look for the largest batch that fits; several compilations")
+  plan.add_argument("--kept", action="store_true", help="only what each chip keeps; compiles nothing, takes seconds")
   plan.add_argument("--out", metavar="FILE.json", help="write the numbers to this file too")
   command("list", "list configs, data sets and parts", config=False)
   return top
@@ -383,6 +384,8 @@ def _plan(args, overrides) -> int:
     raise UsageError("plan needs --config=FILE.py[:ARG]; `ddil list` shows the configs")
   if args.batch < 0:
     raise UsageError(f"--batch={args.batch} is negative; give the number of examples over all chips")
+  if args.kept and args.largest:
+    raise UsageError("--kept compiles nothing, and what --largest asks only a compiler can tell; leave one out")
   config = config_lib.load(args.config, overrides | ({"data.data_dir": args.data_dir} if args.data_dir else {}))
   if args.largest:
     found = plan_lib.largest_batch(config, args.topology, args.batch)
@@ -391,7 +394,7 @@ def _plan(args, overrides) -> int:
                      " change that")
     print(f"\nlargest batch that fits: {found.batch_size}\n")
   else:
-    found = plan_lib.plan(config, args.topology, args.batch)
+    found = plan_lib.plan(config, args.topology, args.batch, compiled=not args.kept)
   if args.out:
     files.write_json(args.out, plan_lib.as_json(found))
   print(plan_lib.table(found))

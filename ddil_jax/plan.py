@@ -91,7 +91,7 @@ class Plan(NamedTuple):
     batch_size: over all chips.
     summary: how the batch is split.
     kept: {kind: bytes per chip} of what lives from step to step.
-    programs: one for each set of players.
+    programs: one for each set of players; none where nothing was compiled.
     shares: {due: share of the steps}.
   """
   topology: str
@@ -105,16 +105,20 @@ class Plan(NamedTuple):
 
   @property
   def peak(self) -> int:
-    return max(program.peak for program in self.programs)
+    """The largest of the programs; without one what is kept, of which it is more."""
+    return max((program.peak for program in self.programs), default=sum(self.kept.values()))
 
   @property
   def fits(self) -> bool | None:
-    return None if self.chip is None else self.compiled and self.peak <= _FULL * self.chip.memory
+    """None where that is not known."""
+    if self.chip is None or not self.programs and self.peak <= _FULL * self.chip.memory:
+      return None
+    return self.compiled and self.peak <= _FULL * self.chip.memory
 
   @property
   def compiled(self) -> bool:
     """Whether there is a program for every step, so that operations and collectives are known."""
-    return not any(program.refused for program in self.programs)
+    return bool(self.programs) and not any(program.refused for program in self.programs)
 
   def mean(self, what: str) -> float:
     """The mean of "flops", "moved" or "collective" bytes over the steps of a run."""
@@ -180,7 +184,7 @@ def _tpus(topology):
     raise UsageError(f"topology {topology}: {' '.join(str(error).split())[:200]}") from None
 
 
-def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> Plan:
+def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print, compiled: bool = True) -> Plan:
   """Compiles a config's training step for a topology.
 
   Args:
@@ -188,6 +192,7 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> P
     topology: see `devices_of`.
     batch_size: over all chips; 0 is the config's.
     say: told how long a compilation lasts.
+    compiled: False is what chips keep alone, in seconds.
 
   Raises:
     UsageError: anything that does not fit.
@@ -214,10 +219,10 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> P
   steps = np.lcm.reduce([player.period for player in built.objective.players])
   dues = [due_players(built.objective, step) for step in range(steps)]
   programs = []
-  for due in dict.fromkeys(dues):
-    given, lowered = runner.lower(make_state, teacher, batch, due)
+  given = runner.lay(make_state, teacher, batch)
+  for due in dict.fromkeys(dues) if compiled else ():
     ideal = ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
-    programs.append(_compile(lowered, due, ideal, bytes_per_chip(given), say))
+    programs.append(_compile(runner.lower(given, due), due, ideal, bytes_per_chip(given), say))
   state = given["state"]
   kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
           "buffers": state.dist, "batch": given["batch"]}
@@ -342,6 +347,12 @@ def table(found: Plan) -> str:
       lines += [f"  {'collectives':20}{_size(sent)}, {sent / program.ideal:.3g} times what has to be sent"]
   if found.chip is None:
     return "\n".join(lines) + "\n"
+  if not found.programs:
+    left = _size(found.chip.memory - found.peak).strip()
+    lines += ["", f"{_size(found.peak).strip()} of {_size(found.chip.memory).strip()} are kept: "
+              + (f"it does NOT fit; {remedy(found)}" if found.fits is False else
+                 f"{left} are left for what a step needs in between, which was not planned")]
+    return "\n".join(lines) + "\n"
   lines += ["", f"peak {_size(found.peak).strip()} of {_size(found.chip.memory).strip()}: "
             + ("it fits" if found.fits else f"it does NOT fit; {remedy(found)}")]
   if not found.compiled:
@@ -366,7 +377,7 @@ def _size(value) -> str:
 def remedy(found: Plan) -> str:
   """The change that takes most of what is too much."""
   networks = sum(found.kept[kind] for kind in ("parameters", "optimizers", "averages", "teacher"))
-  temporary = max(found.programs, key=lambda p: p.peak).temporary
+  temporary = max(found.programs, key=lambda p: p.peak).temporary if found.programs else 0
   most = max(networks, found.kept["buffers"], temporary)
   if most == networks or networks > _FULL * found.chip.memory:
     return ("parameters and what belongs to them are too much: split them over more chips by train.fsdp, up to"

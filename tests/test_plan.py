@@ -43,8 +43,8 @@ def test_what_a_chip_keeps(plans):
   assert whole.kept["batch"] == 2 * (8 * 8 * 4 + 4 + 4)  # two examples of 8x8, a label, a lane
   for found in plans.values():
     program, = found.programs
-    assert program.peak >= sum(found.kept.values()) and 0 < program.flops and found.shares == [1.0]
-    assert program.flops_most > 2 * program.flops  # a step may refill the buffers: a rollout of several steps
+    assert program.peak >= sum(found.kept.values()) and program.flops > 0 and found.shares == [1.0]
+    assert program.flops_most > program.flops  # a step may refill the buffers by a rollout
     assert f"to {program.flops_most:.3g}, by what a step draws" in plan_lib.table(found)
 
 
@@ -123,6 +123,24 @@ def test_what_fits_and_what_would(plans):
   for other in (smaller, small._replace(programs=[small.programs[0]._replace(temporary=0)])):
     assert "train.fsdp, up to 8;" in plan_lib.remedy(other)
   assert "most is replay" in plan_lib.remedy(small._replace(kept=small.kept | {"buffers": 10**9}))
+
+
+def test_what_is_kept_alone(plans, tmp_path, refuse, capsys):  # noqa: F811
+  """The same without a compilation; what does not fit then does not fit at all."""
+  found = plan_lib.plan(config_lib.load(LCM[0], LCM[1] | {"train.fsdp": "4"}), "cpu:8", compiled=False)
+  assert found.kept == plans[4].kept and not found.programs and found.fits is None
+  chip = plan_lib.CHIPS["v5e"]
+  kept = sum(found.kept.values())
+  large, small = (found._replace(chip=chip._replace(memory=share * kept)) for share in (2, 1))
+  assert large.fits is None and "are left for what a step needs in between" in plan_lib.table(large)
+  assert small.fits is False and "does NOT fit; " in plan_lib.table(small)
+  assert "roofline_seconds" not in plan_lib.as_json(large)
+  command = ("plan", f"--config={LCM[0]}", "--topology=cpu:8", "--kept", f"--out={tmp_path}/plan.json")
+  capsys.readouterr()
+  assert main(list(command)) == 0
+  assert "kept on each chip" in capsys.readouterr().out
+  assert json.loads((tmp_path / "plan.json").read_text())["programs"] == []
+  assert "leave one out" in refuse(*command, "--largest")
 
 
 def test_a_program_that_the_compiler_refuses(monkeypatch, shared):  # noqa: F811

@@ -58,8 +58,9 @@ class Runner(NamedTuple):
     place_frozen, place_batch: the same for the frozen parameters and a host batch, of which each process
       has its share.
     step: (state, frozen, batch, key, due) -> (state, metrics); the state is donated.
-    lower: (make_state, teacher, batch, due) -> ({"state", "frozen", "batch"}, the lowered step), all of
-      ShapeDtypeStructs, for devices that need not be there; None under pmap.
+    lay: (make_state, teacher, batch) -> {"state", "frozen", "batch"}, the step's arguments as ShapeDtypeStructs with
+      their shardings, for devices that need not be there; None under pmap.
+    lower: (what `lay` gave, due) -> the lowered step; None under pmap.
     num_devices: over how many devices the batch is split.
     summary: one line: how the batch is split.
   """
@@ -70,6 +71,7 @@ class Runner(NamedTuple):
   place_frozen: Callable[[Any], Any]
   place_batch: Callable[[dict], dict]
   step: Callable
+  lay: Callable[..., dict[str, Any]] | None
   lower: Callable[..., Any] | None
   num_devices: int
   summary: str
@@ -247,17 +249,22 @@ def _single(make_step, devices, layout, summary) -> Runner:
   places = _Places(devices, Options())
   return Runner(shapes=jax.eval_shape, create=lambda *arguments: put(_eagerly(*arguments)),
                 place=put, fetch=lambda s: s, place_frozen=put, place_batch=put,
-                step=step, lower=functools.partial(_lower, step, places), num_devices=1, summary=summary)
+                step=step, lay=functools.partial(_lay, places), lower=functools.partial(_lower, step, places),
+                num_devices=1, summary=summary)
 
 
-def _lower(step, places, make_state, teacher, batch, due):
-  key = jax.eval_shape(jax.random.key, 0)
-  at = lambda tree, shardings: jax.tree.map(  # noqa: E731
-      lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)
-  state = jax.eval_shape(make_state, key, teacher, batch)
-  given = {"state": at(state, places.state(state)), "frozen": {"teacher": at(teacher, places.params(teacher))},
-           "batch": at(batch, jax.tree.map(lambda _: places.split, batch))}
-  return given, step.lower(*given.values(), at(key, places.whole), due)
+def _at(tree, shardings):
+  return jax.tree.map(lambda v, s: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=s), tree, shardings)
+
+
+def _lay(places, make_state, teacher, batch):
+  state = jax.eval_shape(make_state, jax.eval_shape(jax.random.key, 0), teacher, batch)
+  return {"state": _at(state, places.state(state)), "frozen": {"teacher": _at(teacher, places.params(teacher))},
+          "batch": _at(batch, jax.tree.map(lambda _: places.split, batch))}
+
+
+def _lower(step, places, given, due):
+  return step.lower(*given.values(), _at(jax.eval_shape(jax.random.key, 0), places.whole), due)
 
 
 def _mesh(make_step, devices, layout, options, summary) -> Runner:
@@ -292,7 +299,8 @@ def _mesh(make_step, devices, layout, options, summary) -> Runner:
   return Runner(
       shapes=shapes, create=create, place=lambda state: _put(state, places.state(state)), fetch=lambda state: state,
       place_frozen=lambda frozen: {name: put_params(tree) for name, tree in frozen.items()}, place_batch=place_batch,
-      step=jitted, lower=functools.partial(_lower, jitted, places), num_devices=len(devices), summary=summary)
+      step=jitted, lay=functools.partial(_lay, places), lower=functools.partial(_lower, jitted, places),
+      num_devices=len(devices), summary=summary)
 
 
 def _put(tree, shardings):
@@ -337,4 +345,4 @@ def _pmap(make_step, devices, layout, summary) -> Runner:
   return Runner(shapes=jax.eval_shape, create=lambda *arguments: place(_eagerly(*arguments)), place=place, fetch=fetch,
                 place_frozen=lambda tree: jax.tree.map(repeat, tree),
                 place_batch=lambda batch: jax.tree.map(lambda v: spread(jnp.asarray(v)), batch), step=run,
-                lower=None, num_devices=count, summary=summary)
+                lay=None, lower=None, num_devices=count, summary=summary)

@@ -53,8 +53,8 @@ def compiled_step(config: ConfigDict, dataset: Dataset, count: int = 1) -> Step:
   images = np.zeros((config.train.batch_size, *built.parts.image_shape), np.float32)
   batch = shapes({"image": images, "label": np.zeros(len(images), np.int32), "lane": np.zeros(len(images), np.int32)})
   make_state = functools.partial(init_state, built.objective, built.distribution, built.optimizers, built.ema_decays)
-  given, lowered = runner.lower(make_state, teacher, batch, due_players(built.objective, 0))
-  compiled = lowered.compile()
+  given = runner.lay(make_state, teacher, batch)
+  compiled = runner.lower(given, due_players(built.objective, 0)).compile()
   memory = compiled.memory_analysis()
   peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
           + memory.temp_size_in_bytes)
