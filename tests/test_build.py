@@ -14,6 +14,7 @@ from ddil_jax.diffusion.rollout import prior, rollout
 from ddil_jax.errors import UsageError
 from ddil_jax.evaluation import features
 from ddil_jax.states.base import SOURCES, Context
+from ddil_jax.training import hlo
 from ddil_jax.training.parallel import make_runner
 from ddil_jax.training.step import Layout, due_players, init_state, make_train_step
 from tests.running import shared  # noqa: F401 (a fixture)
@@ -171,6 +172,22 @@ def test_students_of_all_stages_are_told_the_scale(tmp_path):
   assert [scales(stage) for stage in told] == [[1.0, 3.0], [1.0, 3.0]]
   assert [scales(stage) for stage in guided] == [[3.0], [3.0]]
   assert [stage.teacher.folded_guidance_scale for stage in (*told, *guided)] == [0, 0, 0, 3.0]
+
+
+def test_a_step_aside_calls_no_network():
+  """A rollout that visits times between those of its grid costs what the walk costs. (Compilers for CPUs compute a
+  network twice that is written twice.)"""
+  config = load("digits_pd.py:smoke", train__stages="()", model__channel_mult="(1,)")
+  built = build_lib.build(config)
+  teacher, keys = built.init_teacher(jax.random.key(0)), jax.random.split(jax.random.key(1), 2)
+  grid, x_T, cond = built.parts.make_grid(4), jnp.ones((2, *built.parts.image_shape)), {"label": jnp.arange(2)}
+
+  def program(**how):
+    walk = lambda teacher: rollout(samplers.teacher_policy(built, teacher), x_T, grid, cond, keys, **how)  # noqa: E731
+    return jax.jit(walk).lower(teacher).compile().as_text()
+
+  walked, visited = hlo.operations(program(path=True)), hlo.operations(program(visit=jnp.full((4, 2), 0.1)))
+  assert visited == walked and walked.least > 0
 
 
 def test_the_teacher_takes_some_of_the_steps():

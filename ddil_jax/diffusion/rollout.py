@@ -39,12 +39,16 @@ def rollout(policy: Policy, x_T: Array, grid: Array, cond: Cond, keys: Array,
     x, carry = state
     i, t, s, aside = inputs
     noise = keys_lib.normal_like(keys_lib.numbered(keys, i), x)
-    now = jnp.full(x.shape[:1], t)
-    x_s, next_carry = policy.step(carry, x, now, jnp.full(x.shape[:1], s), cond, noise)
-    out = x_s if path else None
-    if visit is not None:
-      # The network call is the same as above; the compiler computes it once.
-      moved, _ = policy.step(carry, x, now, aside, cond, noise)
+    now, then = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
+    to = lambda s: policy.step(carry, x, now, s, cond, noise)  # noqa: E731
+    if visit is None:
+      x_s, next_carry = to(then)
+      out = x_s if path else None
+    else:
+      # Mapped over where it leads, so that a network that is not told is called once: written twice, a CPU computes
+      # it twice.
+      (x_s, moved), carries = jax.vmap(to)(jnp.stack([then, aside]))
+      next_carry = jax.tree.map(lambda v: v[0], carries)
       out = jnp.where((aside == t).reshape((-1,) + (1,) * (x.ndim - 1)), x, moved)
     if stop is not None:
       x_s = jnp.where((i < stop).reshape((-1,) + (1,) * (x.ndim - 1)), x_s, x)

@@ -38,7 +38,7 @@ def totals(text: str, measure: Callable[[str, Shapes], dict[str, float]]) -> dic
       own = measure(line, shapes)
       least.update(own)
       most.update(own)
-      for alternatives, times in _calls(line):
+      for alternatives, times in _calls(line, computations):
         found = [total(called) for called in alternatives if called in computations]
         kinds = {kind for pair in found for kind in pair[1]}
         least.update({kind: times * min(low[kind] for low, _ in found) for kind in kinds})
@@ -65,19 +65,32 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, Shapes]]], str]:
   return found, entry
 
 
-def _calls(line: str):
-  """([computations of which one runs], how often) of an instruction; the length of a loop is in its configuration."""
-  trips = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
+def _calls(line: str, computations):
+  """([computations of which one runs], how often) of an instruction."""
   branches = []
   for role, several in re.findall(r"(body|calls|to_apply|branch_computations|true_computation|false_computation)="
                                   r"(\{[^}]*\}|%?[\w.\-]+)", line):
     called = re.findall(r"[\w.\-]+", several)
     if role in ("body", "calls", "to_apply"):
-      yield from (([name], int(trips[1]) if trips and role == "body" else 1) for name in called)
+      yield from (([name], _trips(line, computations) if role == "body" else 1) for name in called)
     else:
       branches += called
   if branches:
     yield branches, 1
+
+
+def _trips(line: str, computations) -> int:
+  """How often a loop runs: by its configuration (CPU), or by its condition, i < N, since JAX counts from 0 (TPU)."""
+  known = re.search(r'"known_trip_count":\{"n":"?(\d+)', line)
+  if known:
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  lines = [line for line, _ in computations.get(condition[1], ())] if condition else []
+  compared = next((found for text in lines if (found := re.search(
+      r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", text))), None)
+  limits = [re.search(rf"%?{re.escape(compared[1])} = s32\[\]\S* constant\((\d+)\)", text) for text in lines] \
+      if compared else []
+  return next((int(limit[1]) for limit in limits if limit), 1)
 
 
 def operations(text: str) -> Range:

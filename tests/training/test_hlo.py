@@ -42,3 +42,25 @@ def test_products_loops_and_branches():
   assert of(chosen, x, w, True) == (product, 5 * product)
   # What is written twice is computed once.
   assert of(lambda x, w: multiply(x, w) + jnp.cos(multiply(x, w)), x, w).least == product
+
+
+TPU = """
+%body (p: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {
+  %x = f32[8,8]{1,0:T(8,128)S(1)} parameter(0)
+  %y = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf, metadata={op_name="jit(step)/dot"}
+}
+%condition (p: (s32[], f32[8,8])) -> pred[] {
+  %constant.1.clone = s32[]{:T(128)} constant(7)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.1.clone), direction=LT, backend_config={"flag_configs":[]}
+}
+ENTRY %main (p: f32[8,8]) -> f32[8,8] {
+  %w = (s32[], f32[8,8]) while(%t), condition=%condition, body=%body, metadata={op_name="jit(step)/while"}
+  %v = (s32[], f32[8,8]) while(%t), condition=%unknown, body=%body
+}
+"""
+
+
+def test_loops_of_tpu_programs_are_as_long_as_their_conditions_say():
+  """And run once where that is not known; a product may be written as a convolution without a window."""
+  assert hlo.operations(TPU).least == (7 + 1) * 2 * 8 * 8 * 8
