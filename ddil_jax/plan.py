@@ -10,8 +10,11 @@ interconnect bandwidth, as if the three overlapped entirely. A real step takes l
 """
 
 import functools
+import hashlib
+import importlib.metadata
 import math
 import os
+import pathlib
 import re
 import threading
 import time
@@ -23,6 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddil_jax import build as build_lib
+from ddil_jax import files
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
 from ddil_jax.training import compiling, hlo, parallel
@@ -222,7 +226,7 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print, comp
   given = runner.lay(make_state, teacher, batch)
   for due in dict.fromkeys(dues) if compiled else ():
     ideal = ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
-    programs.append(_compile(runner.lower(given, due), due, ideal, bytes_per_chip(given), say))
+    programs.append(_program(runner.lower(given, due), due, ideal, bytes_per_chip(given), topology, say))
   state = given["state"]
   kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
           "buffers": state.dist, "batch": given["batch"]}
@@ -295,6 +299,24 @@ def _batch(built, size):
 def bytes_per_chip(tree) -> int:
   """What a chip keeps of a tree of ShapeDtypeStructs with shardings."""
   return sum(math.prod(v.sharding.shard_shape(v.shape)) * v.dtype.itemsize for v in jax.tree.leaves(tree))
+
+
+def _program(lowered, due, ideal, arguments, topology, say) -> Program:
+  """Compiled, or what the same compiler said of the same program before: JAX cannot read programs of absent TPUs."""
+  if not jax.config.jax_compilation_cache_dir:
+    return _compile(lowered, due, ideal, arguments, say)
+  compiler = [f"{name} {distribution.version}" for name in ("jax", "jaxlib", "libtpu")
+              for distribution in importlib.metadata.distributions(name=name)]
+  flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+  key = hashlib.sha256("\n".join([lowered.as_text(), topology, *compiler, *flags]).encode()).hexdigest()
+  path = pathlib.Path(jax.config.jax_compilation_cache_dir) / "plans" / f"{key}.json"
+  if path.exists():
+    known = Program(**files.read_json(path))
+    say(f"the step of {', '.join(due)} was compiled before, in {known.seconds:.0f} s")
+    return known._replace(due=due, ideal=ideal)
+  found = _compile(lowered, due, ideal, arguments, say)
+  files.write_json(path, found._asdict())
+  return found
 
 
 def _compile(lowered, due, ideal, arguments, say) -> Program:

@@ -143,6 +143,22 @@ def test_what_is_kept_alone(plans, tmp_path, refuse, capsys):  # noqa: F811
   assert "leave one out" in refuse(*command, "--largest")
 
 
+def test_what_was_compiled_is_kept(shared, tmp_path, monkeypatch):  # noqa: F811
+  """The same program for the same topology is not compiled again; another one is."""
+  before, said, compiled, compile_ = jax.config.jax_compilation_cache_dir, [], [], plan_lib._compile
+  monkeypatch.setattr(plan_lib, "_compile", lambda *arguments: compiled.append(1) or compile_(*arguments))
+  config = config_lib.load("configs/digits_teacher.py:smoke", {"model.channel_mult": "(1,)"})
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+  try:
+    first, again = (plan_lib.plan(config, "cpu:1", size, said.append) for size in (4, 4))
+    assert first == again and len(compiled) == 1
+    assert said[-1] == f"the step of student was compiled before, in {first.programs[0].seconds:.0f} s"
+    other = plan_lib.plan(config, "cpu:1", 8, said.append)
+    assert len(compiled) == 2 and other.peak > first.peak
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_a_program_that_the_compiler_refuses(monkeypatch, shared):  # noqa: F811
   """TPU compilers give up where memory is short: the plan says so, and what is known all the same."""
   words = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
