@@ -181,8 +181,9 @@ def markdown(found: list[Line], teacher: Mapping[tuple[int, float], float]) -> s
       "Fréchet distance, lower is better: mean ± half the 95 % t-interval over training seeds, their number in brackets."
       " *: the interval of the paired difference to base excludes 0; **: also after Holm's correction for the"
       f" {count} comparisons. A student trained for 4 steps is sampled at 2 and 1 too. Time: the median of a training"
-      " step with nothing to compile, on one core; training: that times the steps, all stages together. Memory: what"
-      " the compiler says that a step needs, state and teacher included.")
+      " step with nothing to compile, on one core; training: that times the steps, all stages together, but without the"
+      " run of another method that is the teacher. Memory: what the compiler says that a step needs, state and teacher"
+      " included.")
   return "\n".join(out) + "\n\n" + "\n".join(textwrap.wrap(note, 120)) + "\n"
 
 
