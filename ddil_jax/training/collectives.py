@@ -12,8 +12,8 @@ _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8": 1, "s16": 2, 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
-def collective_bytes(text: str) -> dict[str, float]:
-  """{kind: bytes that a device sends} of one run of an optimised program, of conditionals with the dearest branch.
+def collective_bytes(text: str) -> dict[str, hlo.Range]:
+  """{kind: bytes that a device sends} of one run of an optimised program.
 
   A ring over n devices sends 2 (n - 1) / n of what it reduces, (n - 1) / n of what it gathers or of what it reduces
   and scatters, all of what it permutes.
@@ -22,7 +22,7 @@ def collective_bytes(text: str) -> dict[str, float]:
     found = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
     return {found[2]: _sent(found[2], found[1], bool(found[3]), _group_size(line))} if found else {}
 
-  return {kind: sent.most for kind, sent in hlo.totals(text, of).items()}
+  return hlo.totals(text, of)
 
 
 def _sent(kind, shapes, asynchronous, n) -> float:

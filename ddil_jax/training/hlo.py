@@ -1,7 +1,7 @@
 """What the text of a compiled program says of one run of it: sums over instructions, loops and branches included.
 
-XLA's own account counts a loop's body once and the dearest branch of a conditional: a rollout of 16 steps as one, and in
-every step the rollouts that refill the replay buffers in a few.
+XLA's own account counts a loop's body once and the dearest branch of a conditional: a rollout of 16 steps as one, and
+in every step the rollouts that refill the replay buffers in a few.
 """
 
 import collections
