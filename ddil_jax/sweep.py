@@ -1,8 +1,9 @@
 """Sweeps: a config file's `sweep()` as a list of trials, and what became of them as one table.
 
 `sweep()` gives a list of dicts, one a trial: {"arg": the config's argument, "FIELD": value, ...};
-"config" names another file than its own; {"teacher": {"config": "FILE", "FIELD": value, ...}} has as its teacher the run
-of another trial of the list, which is the same but for what is named (a field of None it does not have). `product`, `zipped` and `cross` make such lists.
+"config" names another file than its own; {"teacher": {"config": "FILE", "FIELD": value, ...}} has as its teacher the
+run of another trial of the list, which is the same but for what is named (a field of None it does not have). `product`,
+`zipped` and `cross` make such lists.
 
 A sweep's folder holds `sweep.json` (the trials), one run directory a trial, `results.csv` and
 `results.parquet`. A trial that failed has a `failed.json` in its folder that says why.

@@ -10,8 +10,8 @@ from ddil_jax import files
 from ddil_jax.errors import UsageError
 from launch.local import checked_arguments
 
-# Of a job that nobody watches. A step's compilation counts: one of Stable Diffusion's size took more than 72 minutes on
-# two cores.
+# Of a job that nobody watches. A step's compilation counts: one of Stable Diffusion's size took 45 minutes on two cores
+# (docs/scaling.md), and larger networks take longer.
 WATCHDOG_SECONDS = 3 * 3600
 
 

@@ -4,8 +4,8 @@ One step function for all modes: "single" (jit on one device), "mesh" (jit over 
 global, the compiler inserts the collectives), "pmap" (one program per device; the step averages
 over its axis). The mesh has two axes, `data` and `fsdp`. The batch and the replay buffers are split
 along axis 0 over both. Parameters, optimizer states, averages and the frozen teacher are split over
-`fsdp`, one axis of each array by rules on its path, and are whole only where a loss uses them
-(ZeRO stage 3, arXiv 1910.02054; as one constraint for GSPMD, arXiv 2105.04663).
+`fsdp`, one axis of each array by rules on its path, and are whole only within a step
+(ZeRO stage 3, arXiv 1910.02054; as one constraint for GSPMD, arXiv 2105.04663, whose compiler chooses the moment).
 """
 
 import functools
