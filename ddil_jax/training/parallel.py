@@ -1,11 +1,11 @@
 """Where arrays live. The only module that names Mesh or pmap.
 
 One step function for all modes: "single" (jit on one device), "mesh" (jit over a mesh, arrays are
-global, the compiler inserts the collectives), "pmap" (one program per device; the step averages
-over its axis). The mesh has two axes, `data` and `fsdp`. The batch and the replay buffers are split
-along axis 0 over both. Parameters, optimizer states, averages and the frozen teacher are split over
-`fsdp`, one axis of each array by rules on its path, and are whole only within a step
-(ZeRO stage 3, arXiv 1910.02054; as one constraint for GSPMD, arXiv 2105.04663, whose compiler chooses the moment).
+global), "pmap" (one program per device; the step averages over its axis). The mesh has two axes, `data` and `fsdp`.
+The batch and the replay buffers are split along axis 0 over both. Parameters, optimizer states, averages and the
+frozen teacher are split over `fsdp`, one axis of each array by rules on its path, and are whole only while states and
+losses are computed (ZeRO stage 3, arXiv 1910.02054): this part of a step is written device by device (`shard_map`),
+what updates parameters is left to the compiler (GSPMD, arXiv 2105.04663).
 """
 
 import functools
@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
 from ddil_jax.training.params import flatten, to_host
-from ddil_jax.training.step import Layout, TrainState
+from ddil_jax.training.step import Layout, Networks, TrainState
 from ddil_jax.types import Devices
 
 MODES = ("single", "mesh", "pmap")
@@ -206,24 +206,53 @@ class _Places:
     return TrainState(
         self.whole, {name: self.params(p) for name, p in state.params.items()},
         {name: self.optimizer(opt, state.params[name]) for name, opt in state.opt.items()},
-        {name: self.params(p) for name, p in state.ema.items()},
-        jax.tree.map(lambda v: self.split if v.ndim else self.whole, state.dist), self.whole)
+        {name: self.params(p) for name, p in state.ema.items()}, self.dist(state.dist), self.whole)
 
-  def gather(self, tree):
-    """Parameters, whole where they are used; their gradient is summed and split again."""
-    constrain = jax.lax.with_sharding_constraint
+  def networks(self, networks: Networks) -> Networks:
+    """Shardings of all that a step reads."""
+    params, ema, teacher = networks
+    return Networks(*({name: self.params(p) for name, p in trees.items()} for trees in (params, ema)),
+                    self.params(teacher))
 
-    @jax.custom_vjp
-    def whole(tree):
-      return constrain(tree, self.whole)
+  def dist(self, dist):
+    """Shardings of a state distribution's state: by example."""
+    return jax.tree.map(lambda v: self.split if v.ndim else self.whole, dist)
 
-    def back(_, gradient):
-      # Summed first (XLA makes a reduce-scatter of both): said to be split at once, the gradient of a matrix
-      # product makes the compiler split the activations along their features too, and move them.
-      return (constrain(constrain(gradient, self.whole), self.params(gradient)),)
+  def on_devices(self, learn, due, networks: Networks, dist, batch, step, root):
+    """`Layout.on_devices`: networks are gathered once each, gradients summed to the place of their parameters.
 
-    whole.defvjp(lambda tree: (whole(tree), None), back)
-    return whole(tree)
+    Said device by device: left to choose, the compiler sums whole gradients everywhere where the mesh has both axes.
+    """
+    shardings, examples = self.networks(networks), self.dist(dist)
+
+    def here(networks, *arguments):
+      grads, losses, dist = learn(due, jax.tree.map(_gathered, networks, shardings), *arguments)
+      scattered = {name: jax.tree.map(_mean_in_place, tree, shardings.params[name]) for name, tree in grads.items()}
+      return scattered, losses, dist
+
+    spec, whole = lambda tree: jax.tree.map(lambda sharding: sharding.spec, tree), PartitionSpec()  # noqa: E731
+    mapped = jax.shard_map(
+        here, mesh=self.mesh, in_specs=(spec(shardings), spec(examples), PartitionSpec(AXES), whole, whole),
+        out_specs=({name: spec(shardings.params[name]) for name in due}, whole, spec(examples)), check_vma=False)
+    return mapped(networks, dist, batch, step, root)
+
+
+def _axis(sharding: NamedSharding) -> int | None:
+  """That which is split over `fsdp`."""
+  return next((axis for axis, name in enumerate(sharding.spec) if name == AXES[1]), None)
+
+
+def _gathered(part, sharding):
+  axis = _axis(sharding)
+  return part if axis is None else jax.lax.all_gather(part, AXES[1], axis=axis, tiled=True)
+
+
+def _mean_in_place(gradient, sharding):
+  axis = _axis(sharding)
+  if axis is None:
+    return jax.lax.pmean(gradient, AXES)
+  part = jax.lax.psum_scatter(gradient, AXES[1], scatter_dimension=axis, tiled=True)
+  return jax.lax.psum(part, AXES[0]) / sharding.mesh.size
 
 
 def _rule(text: str) -> tuple[re.Pattern, str | int]:
@@ -269,7 +298,7 @@ def _lower(step, places, given, due):
 
 def _mesh(make_step, devices, layout, options, summary) -> Runner:
   places = _Places(devices, options)
-  train_step = make_step(layout._replace(shards=len(devices), gather=places.gather if options.fsdp > 1 else None))
+  train_step = make_step(layout._replace(axis_name=AXES, on_devices=places.on_devices))
 
   def step(state, frozen, batch, key, due):
     state, metrics = train_step(state, frozen, batch, key, due)
@@ -335,8 +364,13 @@ def _pmap(make_step, devices, layout, summary) -> Runner:
     join = lambda v: v.reshape((-1,) + v.shape[2:]) if v.ndim > 1 else v[0]  # noqa: E731
     return whole._replace(dist=jax.tree.map(join, state.dist))
 
-  step = jax.pmap(make_step(layout._replace(axis_name=AXES[0])), AXES[0], in_axes=(0, 0, 0, None), devices=devices,
-                  donate_argnums=0, static_broadcasted_argnums=4)
+  def learned(learn, *arguments):
+    grads, *rest = learn(*arguments)
+    return jax.lax.pmean(grads, AXES[0]), *rest
+
+  train_step = make_step(layout._replace(axis_name=AXES[0], on_devices=learned))
+  step = jax.pmap(train_step, AXES[0], in_axes=(0, 0, 0, None), devices=devices, donate_argnums=0,
+                  static_broadcasted_argnums=4)
 
   def run(state, frozen, batch, key, due):
     state, metrics = step(state, frozen, batch, key, due)

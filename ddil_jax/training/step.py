@@ -1,7 +1,7 @@
 """The training step: a pure function from TrainState to TrainState.
 
-`make_train_step` is the way of the data, read from top to bottom: keys, states, then each
-player's loss, gradient and update, the averages, the metrics.
+`make_train_step` is the way of the data, read from top to bottom: keys, states and each player's loss and gradient in
+`learn`, on every device; then updates, averages and metrics in `train_step`, for all.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,49 +17,40 @@ from ddil_jax.states.base import SOURCES, Context, StateDistribution, States
 from ddil_jax.types import Array, Params
 
 
+def _here(learn, due, *arguments):
+  return learn(due, *arguments)
+
+
 class Layout(NamedTuple):
   """What the step knows of devices; by default nothing.
 
   Attributes:
-    axis_name: the mapped axis under pmap; None under jit, where arrays are global.
-    gather: parameters that are split over devices -> the same, whole where a loss uses them, with a gradient that
-      is split again; None where nothing is split.
-    passes: equal parts of the batch from which a gradient is accumulated.
-    shards: devices over which axis 0 of a global batch is split; each contributes to every part.
+    axis_name: the axis or axes over which the examples are mapped to devices; None on one.
+    passes: equal parts of a device's examples from which a gradient is accumulated.
     unroll: the parts, and the steps of a sampler through which gradients pass, in a row instead of in a `lax.scan`: in
       a loop, convolution gradients are 20 times slower on CPU.
+    on_devices: runs the part of a step that reads examples, `learn(due, networks, dist, batch, step, root)`, on each
+      device with its own examples and whole networks, and returns the gradients' mean over all.
   """
-  axis_name: str | None = None
-  gather: Callable[[Params], Params] | None = None
+  axis_name: str | tuple[str, ...] | None = None
   passes: int = 1
-  shards: int = 1
   unroll: bool = False
-
-  def whole(self, params: Params) -> Params:
-    """Parameters as a loss uses them."""
-    return self.gather(params) if self.gather else params
+  on_devices: Callable = _here
 
   def mean(self, tree):
-    """Over the devices of a mapped axis."""
+    """Over the devices."""
     return jax.lax.pmean(tree, self.axis_name) if self.axis_name else tree
 
   def sum(self, tree):
-    """Over the devices of a mapped axis."""
+    """Over the devices."""
     return jax.lax.psum(tree, self.axis_name) if self.axis_name else tree
 
-  def parts(self, tree):
-    """A tree of [B, ...] as `passes` parts [passes, B / passes, ...], of every device's examples an equal number."""
-    def part(v):
-      by_device = v.reshape((self.shards, self.passes, -1) + v.shape[1:])
-      return by_device.swapaxes(0, 1).reshape((self.passes, -1) + v.shape[1:])
-    return jax.tree.map(part, tree)
 
-  def joined(self, tree):
-    """The inverse of `parts`."""
-    def join(v):
-      by_pass = v.reshape((self.passes, self.shards, -1) + v.shape[2:])
-      return by_pass.swapaxes(0, 1).reshape((-1,) + v.shape[2:])
-    return jax.tree.map(join, tree)
+class Networks(NamedTuple):
+  """All parameters that a step reads: {player: ...}, {name: EMA of the student}, and the frozen teacher's."""
+  params: dict[str, Params]
+  ema: dict[str, Params]
+  teacher: Params
 
 
 class TrainState(NamedTuple):
@@ -133,31 +124,41 @@ def make_train_step(objective: Objective, distribution: StateDistribution, optim
   static: one compiled program for each set. A `lax.cond` would do, but convolution gradients inside
   one run 25 times slower on CPU.
   """
-  def train_step(state: TrainState, frozen, batch, root: Array, due: tuple[str, ...]):
-    teacher = layout.whole(frozen["teacher"])
-    actor = layout.whole(state.params["student"] if rollout_params == "raw" else state.ema[rollout_params])
-    ctx = _context(state.step, root, batch, actor, teacher, batch_size)
-    states, dist = distribution.sample(state.dist, ctx)
+  def learn(due, networks: Networks, dist, batch, step: Array, root: Array):
+    actor = networks.params["student"] if rollout_params == "raw" else networks.ema[rollout_params]
+    ctx = _context(step, root, batch, actor, networks.teacher, batch_size)
+    states, dist = distribution.sample(dist, ctx)
     states = jax.lax.stop_gradient(states)
 
     mean = lambda values: layout.mean(values.mean(axis=0))  # noqa: E731
     others = lambda values: of_others(values, mean(values), batch_size // layout.passes)  # noqa: E731
-    view = View(*({name: layout.whole(tree) for name, tree in trees.items()} for trees in (state.params, state.ema)),
-                teacher, state.step, mean, others, ctx.key, layout.unroll)
+    view = View(*networks, step, mean, others, ctx.key, layout.unroll)
+    grads, losses = {}, {}
+    for player in objective.players:
+      if player.name in due:
+        value, aux, grads[player.name] = _gradient(player, view, networks.params[player.name],
+                                                   (states, batch, ctx.keys), layout)
+        sums = _sums(player.name, distribution.sources, *aux, states.source)
+        losses[player.name] = layout.mean(value), layout.sum(sums)
+    return grads, losses, dist
+
+  def train_step(state: TrainState, frozen, batch, root: Array, due: tuple[str, ...]):
+    networks = Networks(state.params, state.ema, frozen["teacher"])
+    grads, losses, dist = layout.on_devices(learn, due, networks, state.dist, batch, state.step, root)
+
     params, opt, ema, metrics = dict(state.params), dict(state.opt), dict(state.ema), {}
     all_finite = jnp.array(True)
     for player in objective.players:
       name = player.name
       if name not in due:
         continue
-      averages = ema if name == "student" else {}
-      own = (params[name], opt[name], averages)
-      own, finite, player_metrics = _update(player, optimizers[name], ema_decays, view, states, batch, ctx.keys,
-                                            distribution.sources, layout, own)
+      own = (params[name], opt[name], ema if name == "student" else {})
+      value, sums = losses[name]
+      own, finite, norm = _update(player, optimizers[name], ema_decays, state.step, grads[name], value, own)
       params[name], opt[name], averages = own
       ema.update(averages)
       all_finite &= finite
-      metrics.update(player_metrics)
+      metrics.update(_metrics(name, distribution.sources, sums, norm, finite))
 
     bad_steps = jnp.where(all_finite, 0, state.bad_steps + 1).astype(jnp.int32)
     one = jnp.ones(())
@@ -183,29 +184,21 @@ def make_diagnose(objective: Objective, distribution: StateDistribution, batch_s
   return diagnose
 
 
-def _update(player: Player, optimizer, ema_decays, view: View, states: States, batch, keys, sources,
-            layout: Layout, own):
+def _update(player: Player, optimizer, ema_decays, step: Array, grads: Params, value: Array, own):
   """One player's gradient step; a step that is not finite changes nothing."""
   params, opt, ema = own
-
-  def mean_loss(p, inputs):
-    loss, extra = player.loss(layout.whole(p), view, *inputs)
-    return loss.mean(), (loss, extra)
-
-  value, (loss, extra), grads = _gradient(mean_loss, params, (states, batch, keys), layout)
   # Averaged before clipping inside the optimizer: the clip sees the gradient of the whole batch.
-  grads, value = _of_trainable(player, layout.mean(grads)), layout.mean(value)
+  grads = _of_trainable(player, grads)
   norm = optax.global_norm(grads)
   finite = jnp.isfinite(norm) & jnp.isfinite(value)
   updates, new_opt = optimizer.update(grads, opt, params)
   # Weight decay would move what has no gradient.
   new_params = optax.apply_updates(params, _of_trainable(player, updates))
-  decays = {name: ema_decays[name](view.step // player.period) if callable(ema_decays[name]) else ema_decays[name]
+  decays = {name: ema_decays[name](step // player.period) if callable(ema_decays[name]) else ema_decays[name]
             for name in ema}
   new_ema = {name: optax.incremental_update(new_params, old, 1 - decays[name]) for name, old in ema.items()}
   keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)  # noqa: E731
-  own = (keep(new_params, params), keep(new_opt, opt), keep(new_ema, ema))
-  return own, finite, _metrics(player.name, sources, loss, extra, states.source, norm, finite, layout)
+  return (keep(new_params, params), keep(new_opt, opt), keep(new_ema, ema)), finite, norm
 
 
 def _of_trainable(player: Player, tree):
@@ -220,8 +213,12 @@ def _of_trainable(player: Player, tree):
   return jax.tree_util.tree_map_with_path(keep, tree)
 
 
-def _gradient(mean_loss, params: Params, inputs, layout: Layout):
-  """`mean_loss(params, inputs) -> (value, aux [B])` and its gradient, accumulated over the layout's passes."""
+def _gradient(player: Player, view: View, params: Params, inputs, layout: Layout):
+  """(mean loss, (loss [B], {metric: [B]}), gradient) over a device's examples, accumulated over the layout's passes."""
+  def mean_loss(p, inputs):
+    loss, extra = player.loss(p, view, *inputs)
+    return loss.mean(), (loss, extra)
+
   value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
   if layout.passes == 1:
     (value, aux), grads = value_and_grad(params, inputs)
@@ -231,26 +228,31 @@ def _gradient(mean_loss, params: Params, inputs, layout: Layout):
     (value, aux), grads = value_and_grad(params, part)
     return jax.tree.map(jnp.add, total, (value, grads)), aux
 
+  parts = jax.tree.map(lambda v: v.reshape((layout.passes, -1) + v.shape[1:]), inputs)
   nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-  total, aux = jax.lax.scan(one, nothing, layout.parts(inputs), unroll=layout.unroll)
+  total, aux = jax.lax.scan(one, nothing, parts, unroll=layout.unroll)
   value, grads = jax.tree.map(lambda v: v / layout.passes, total)
-  return value, layout.joined(aux), grads
+  return value, jax.tree.map(lambda v: v.reshape((-1,) + v.shape[2:]), aux), grads
 
 
-def _metrics(name, sources, loss, extra, source, norm, finite, layout) -> dict[str, Mean]:
-  """Means of the loss and the gradient norm (all, and per source) and of the extra terms; skipped updates.
-
-  A gradient belongs to a source if the whole batch came from it, as at every step of a mixture that is
-  drawn `per_step`; the gradient of a mixed batch (`per_example`) counts for none.
-  """
+def _sums(name, sources, loss, extra, source) -> dict[str, Mean]:
+  """The loss (of all, and per source) and the extra terms, summed over a device's examples."""
   whole = jnp.full((), loss.shape[0], jnp.float32)
   out = {f"{name}/loss": Mean(loss.sum(), whole)}
   for which in sources:
     mask = source == SOURCES.index(which)
     out[f"{name}/loss@{which}"] = Mean(jnp.where(mask, loss, 0).sum(), mask.sum().astype(jnp.float32))
-  out |= {f"{name}/{key}": Mean(v.sum(), whole) for key, v in extra.items()}
+  return out | {f"{name}/{key}": Mean(v.sum(), whole) for key, v in extra.items()}
+
+
+def _metrics(name, sources, sums: dict[str, Mean], norm, finite) -> dict[str, Mean]:
+  """The sums, the gradient norm (all, and per source), and skipped updates.
+
+  A gradient belongs to a source if the whole batch came from it, as at every step of a mixture that is
+  drawn `per_step`; the gradient of a mixed batch (`per_example`) counts for none.
+  """
   # A step that was skipped must not turn the averages of the others into NaN.
-  out = {key: Mean(jnp.where(finite, m.total, 0), jnp.where(finite, m.count, 0)) for key, m in layout.sum(out).items()}
+  out = {key: Mean(jnp.where(finite, m.total, 0), jnp.where(finite, m.count, 0)) for key, m in sums.items()}
 
   def norm_where(counted):
     return Mean(jnp.where(counted, norm, 0), counted.astype(jnp.float32))

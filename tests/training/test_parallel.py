@@ -10,7 +10,6 @@ import pytest
 from ddil_jax.errors import UsageError
 from ddil_jax.training import parallel
 from ddil_jax.training.parallel import Options, make_runner
-from ddil_jax.training.step import Layout
 from tests import toys
 from tests.splitting import BATCH, FSDP, Training, assert_close, batches, reference, training
 
@@ -78,19 +77,6 @@ def test_accumulated_gradients_are_those_of_the_batch(unroll):
   found = Training("single", Options(microbatch=5), unroll=unroll)
   assert_same_training(found, found.run(3))
   assert found.runner.summary == "batch 16 = 1 device(s) x 4 pass(es) x 4"
-
-
-@pytest.mark.parametrize("passes, shards", [(1, 1), (3, 1), (2, 4)])
-def test_parts_of_a_batch(passes, shards):
-  """Every part has examples of every device, in their order; joined they are the batch again."""
-  layout, tree = Layout(passes=passes, shards=shards), {"x": jnp.arange(48).reshape(24, 2), "lane": jnp.arange(24)}
-  parts = layout.parts(tree)
-  assert parts["x"].shape == (passes, 24 // passes, 2)
-  by_device = parts["lane"].reshape(passes, shards, -1)
-  for device in range(shards):
-    assert set(by_device[:, device].ravel().tolist()) == set(range(device * 24 // shards, (device + 1) * 24 // shards))
-  for name, joined in layout.joined(parts).items():
-    assert (joined == tree[name]).all()
 
 
 def held(options, tree):
