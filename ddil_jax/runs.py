@@ -141,11 +141,12 @@ def _stage_configs(config, workdir) -> list[ConfigDict]:
 
 
 class _Setup(NamedTuple):
-  """Parts that were seen to fit together."""
+  """Parts that were seen to fit together; {due players: memory of their step} as far as it was looked at."""
   built: build_lib.Built
   teacher: Any
   batches: pipeline.Batches
   runner: parallel.Runner
+  step_bytes: dict[tuple[str, ...], int]
 
 
 def _fit_together(config, teacher, say) -> _Setup:
@@ -170,17 +171,17 @@ def _fit(config, teacher, say) -> _Setup:
   alike = config.copy_and_resolve_references().unlock()
   alike.seed, alike.teacher.path = 0, ""
   alike.data.data_dir = str(pathlib.Path(config.data.data_dir or pipeline.default_data_dir()).resolve())
-  built, runner = _built(json.dumps(config_lib.to_dict(alike), sort_keys=True))
+  built, runner, step_bytes = _built(json.dumps(config_lib.to_dict(alike), sort_keys=True))
   say(pipeline.preflight(built.dataset)["summary"])
   teacher = trained.load_teacher(config, built) if teacher is None else teacher
   batches = pipeline.batches(pipeline.subset(built.dataset, config.data.fraction), config.train.batch_size,
                              config.seed, config.data.flip, jax.process_index(), processes.count())
   jax.eval_shape(built.objective.init, jax.random.key(config.seed), teacher)
-  return _Setup(built, teacher, batches, runner)
+  return _Setup(built, teacher, batches, runner, step_bytes)
 
 
 @functools.lru_cache(maxsize=4)  # the stages of one setting
-def _built(text: str) -> tuple[build_lib.Built, parallel.Runner]:
+def _built(text: str) -> tuple[build_lib.Built, parallel.Runner, dict]:
   """Parts and compiled step of a config as JSON. The seeds of a sweep differ in neither, so they compile once."""
   config = config_lib.from_dict(json.loads(text))
   built = build_lib.build(config)
@@ -190,11 +191,11 @@ def _built(text: str) -> tuple[build_lib.Built, parallel.Runner]:
                            config.train.batch_size, config.states.rollout_params, layout)
 
   options = parallel.Options(config.train.fsdp, config.train.sharding, config.train.min_shard, config.train.microbatch)
-  return built, parallel.make_runner(config.train.parallel, make_step, config.train.batch_size, options=options)
+  return built, parallel.make_runner(config.train.parallel, make_step, config.train.batch_size, options=options), {}
 
 
 def _train(config, workdir, setup, say):
-  built, teacher, batches, runner = setup
+  built, teacher, batches, runner, step_bytes = setup
   root = jax.random.key(config.seed)
   make_state = functools.partial(init_state, built.objective, built.distribution, built.optimizers, built.ema_decays)
   start_from = (make_state, root, teacher, batches[0])
@@ -227,7 +228,7 @@ def _train(config, workdir, setup, say):
       weights = "params/student" if config.eval.ema == "raw" else f"ema/{config.eval.ema}"
       if step == config.train.steps:
         last = [due_players(built.objective, i) for i in range(max(start, step - _PROGRAMS_OF), step)]
-        clock.memory(runner, (state, frozen, runner.place_batch(batches[step - 1]), root), set(last))
+        clock.memory(runner, step_bytes, (state, frozen, runner.place_batch(batches[step - 1]), root), set(last))
       checkpoints.save(step, state, {**clock.cost()._asdict(), "weights": weights, "teacher": teacher_hash}, metrics)
 
     def evaluate_now(step, state):
@@ -310,10 +311,12 @@ class _Clock:
     self._windows.append(max(now - before, 1e-9) / (step - first))
     return 1 / self._windows[-1]
 
-  def memory(self, runner, arguments, dues):
-    """Of the programs that ran with such arguments; they are not compiled again."""
+  def memory(self, runner, known, arguments, dues):
+    """Of the programs that ran with such arguments; they are not compiled again, nor lowered for every seed."""
     if runner.lower is not None and dues:
-      self._bytes = max(compiling.peak_bytes(runner.step.lower(*arguments, due).compile()) for due in dues)
+      for due in dues - known.keys():
+        known[due] = compiling.peak_bytes(runner.step.lower(*arguments, due).compile())
+      self._bytes = max(known[due] for due in dues)
 
   def cost(self) -> measure_lib.Cost:
     steady = statistics.median(self._windows[1:]) if self._windows[1:] else self._before.step_seconds

@@ -133,15 +133,14 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
   if not todo:
     return failed
   context = multiprocessing.get_context("spawn")
-  queue, outcomes = context.Queue(), context.Queue()
-  queue.cancel_join_thread()  # else a stopped sweep waits for ever for workers to take the trials that are left
-  workers = min(workers, len(todo))
-  processes = [context.Process(target=worker, daemon=True, args=(i, workers, queue, outcomes, str(workdir), small))
-               for i in range(workers)]
+  count, outcomes = min(workers, len(todo)), context.Queue()
+  todos = [context.SimpleQueue() for _ in range(count)]
+  processes = [context.Process(target=worker, daemon=True, args=(i, count, todos[i], outcomes, str(workdir), small))
+               for i in range(count)]
   for process in processes:
     process.start()
   try:
-    failed |= _follow(todo, processes, queue, outcomes, workdir)
+    failed |= _follow(todo, processes, todos, outcomes, workdir)
   except BaseException:
     print("stopping: the trials under way save their state", flush=True)
     for process in processes:
@@ -153,38 +152,47 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
   return failed
 
 
-def _follow(todo, processes, queue, outcomes, workdir) -> dict[str, str]:
+def setting(trial: Trial):
+  """What the seeds of a trial have in common; in one worker they share what was built and compiled."""
+  return trial.spec, {field: value for field, value in trial.overrides.items() if field not in ("seed", "teacher.path")}
+
+
+def choose(ready: list[Trial], last: Trial | None, others: list[Trial]) -> Trial | None:
+  """The next trial of a worker: another seed of its `last`, else a setting that none of the `others` has, else any."""
+  own = [trial for trial in ready if last and setting(trial) == setting(last)]
+  free = [trial for trial in ready if setting(trial) not in [setting(other) for other in others]]
+  return next(iter(own or free or ready), None)
+
+
+def _follow(todo, processes, todos, outcomes, workdir) -> dict[str, str]:
   """Hands trials out, those with a teacher among them after it, and prints how they fare; returns {name: error}."""
-  began, done, failed, waiting, dismissed = time.monotonic(), 0, {}, [], False
-  names = {trial.name for trial in todo}
-  for trial in todo:
-    if trial.after in names:
-      waiting.append(trial)
-    else:
-      queue.put(trial)
-  while done < len(todo):
-    # What waits for a trial that died with its worker never comes: the other workers end with what is there.
-    if not dismissed and not (waiting and all(p.is_alive() for p in processes)):
-      dismissed = True
-      for _ in processes:
-        queue.put(None)
+  began, failed, left = time.monotonic(), {}, list(todo)
+  unfinished = {trial.name for trial in todo}
+  taken: list[Trial | None] = [None] * len(processes)  # by each worker, the last one or under way
+  while unfinished:
+    for i, process in enumerate(processes):
+      if process.is_alive() and (taken[i] is None or taken[i].name not in unfinished):
+        ready = [trial for trial in left if trial.after not in unfinished]
+        trial = choose(ready, taken[i], [t for t in taken[:i] + taken[i + 1:] if t and t.name in unfinished])
+        if trial:
+          left.remove(trial)
+          taken[i] = trial
+          todos[i].put(trial)
     try:
       name, error = outcomes.get(timeout=PATIENCE)
     except queues.Empty:
-      if not any(p.is_alive() for p in processes):
+      if not any(p.is_alive() and t and t.name in unfinished for p, t in zip(processes, taken)):
         raise RunError("the worker processes ended (out of memory?); the same command continues") from None
       print(f"  {_running(workdir, todo)}", flush=True)
       continue
-    done += 1
+    unfinished.remove(name)
     if error:
       failed[name] = error
-    for trial in [trial for trial in waiting if trial.after == name]:
-      waiting.remove(trial)
-      queue.put(trial)
-    spent = time.monotonic() - began
-    left = spent / done * (len(todo) - done)
+    spent, done = time.monotonic() - began, len(todo) - len(unfinished)
     print(f"[{done}/{len(todo)}] {name}: {'FAILED: ' + error if error else 'done'};"
-          f" {spent:.0f} s, about {left:.0f} s left", flush=True)
+          f" {spent:.0f} s, about {spent / done * len(unfinished):.0f} s left", flush=True)
+  for queue in todos:
+    queue.put(None)
   return failed
 
 

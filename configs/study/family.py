@@ -44,7 +44,7 @@ def _entries(name: str, fields: dict, ddil: bool = True, scales: tuple[dict, ...
 def sweep() -> list[dict]:
   """All of it; the guided students of guided distillation and AGD are told the scale.
 
-  Seed by seed: the programs of the first are on disk for the others, and a whole table of one seed is there early.
+  Those of one seed can be run elsewhere (`--rows`): the list goes seed by seed, the workers setting by setting.
   """
   few = {"eval.sampler_steps": (2, 1)}
   out = _entries("pd", {"train.stages": (4, 2, 1), "states.teacher_steps": 16})

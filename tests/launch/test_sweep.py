@@ -236,3 +236,13 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, message):
   line = capsys.readouterr().err
   assert message in line and line.startswith("ddil: ") and line.count("\n") == 1
   assert not pathlib.Path(tmp_path / "sweep").exists()
+
+
+def test_a_worker_takes_the_seeds_of_one_setting():
+  """It has built and compiled them; two workers do not compile the same, unless nothing else is left."""
+  a, b = ([sweeps.Trial(f"{lr}-{seed}", "x.py:", {"train.steps": lr, "seed": str(seed), "teacher.path": f"t{seed}"})
+           for seed in range(3)] for lr in ("10", "20"))
+  ready = [a[1], b[0], b[1], a[2]]
+  assert sweep.choose(ready, a[0], []) == a[1] and sweep.choose(ready, b[2], [a[0]]) == b[0]
+  assert sweep.choose(ready, None, [a[0]]) == b[0]
+  assert sweep.choose([a[2]], b[2], [a[0]]) == a[2] and sweep.choose([], a[0], [b[0]]) is None
