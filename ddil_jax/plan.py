@@ -29,8 +29,7 @@ from ddil_jax import build as build_lib
 from ddil_jax import files
 from ddil_jax.errors import UsageError
 from ddil_jax.registry import unknown
-from ddil_jax.training import compiling, hlo, parallel
-from ddil_jax.training.collectives import collective_bytes, ideal_bytes
+from ddil_jax.training import collectives, compiling, hlo, parallel
 from ddil_jax.training.step import Layout, due_players, init_state, make_train_step
 
 GIB = 2**30
@@ -227,7 +226,7 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print, comp
   programs = []
   given = runner.lay(make_state, teacher, batch)
   for due in dict.fromkeys(dues) if compiled else ():
-    ideal = ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
+    ideal = collectives.ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
     programs.append(_program(runner.lower(given, due), due, ideal, bytes_per_chip(given), topology, say))
   state = given["state"]
   kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
@@ -310,8 +309,9 @@ def _program(lowered, due, ideal, arguments, topology, say) -> Program:
   compiler = [f"{name} {distribution.version}" for name in ("jax", "jaxlib", "libtpu")
               for distribution in importlib.metadata.distributions(name=name)]
   flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-  # With the names of what is kept: what an older version kept is another thing.
-  named = [lowered.as_text(), topology, *compiler, *flags, *Program._fields]
+  # With what counts, and the names of what is kept: what an older version kept is another thing.
+  counting = [pathlib.Path(module.__file__).read_text() for module in (hlo, collectives)]
+  named = [lowered.as_text(), topology, *compiler, *flags, *counting, *Program._fields]
   key = hashlib.sha256("\n".join(named).encode()).hexdigest()
   path = pathlib.Path(jax.config.jax_compilation_cache_dir) / "plans" / f"{key}.json"
   if path.exists():
@@ -343,7 +343,7 @@ def _compile(lowered, due, ideal, arguments, say) -> Program:
   finally:
     done.set()
   memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
-  sent = collective_bytes(text)
+  sent = collectives.collective_bytes(text)
   return Program(due, memory.temp_size_in_bytes, compiling.peak_bytes(compiled), *hlo.operations(text),
                  cost.get("bytes accessed", 0.0), {kind: value.most for kind, value in sent.items()},
                  sum(value.least for value in sent.values()), ideal, round(time.monotonic() - began, 1))

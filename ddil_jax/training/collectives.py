@@ -22,7 +22,14 @@ def collective_bytes(text: str) -> dict[str, hlo.Range]:
     found = re.search(rf"= (.*?) ({'|'.join(_COLLECTIVES)})(-start)?\(", line)
     return {found[2]: _sent(found[2], found[1], bool(found[3]), _group_size(line))} if found else {}
 
-  return hlo.totals(text, of)
+  return hlo.totals(_started(text), of)
+
+
+def _started(text: str) -> str:
+  """Without the copies of a collective in the fusions beside which XLA for TPUs runs it: it counts where it starts."""
+  computations = re.split(r"(?m)^(?=\S.*\{$)", text)
+  return "".join(lines if "AsyncCollectiveStart" in lines else re.sub(r"(?m)^.*\{chain_id=.*\n", "", lines)
+                 for lines in computations)
 
 
 def _sent(kind, shapes, asynchronous, n) -> float:
