@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddil_jax import build, lora, trained
+from ddil_jax import build, lora, prepare, trained
+from ddil_jax.config import folder
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import diffusers as folders
 from ddil_jax.lora import LoRA
 from ddil_jax.main import main
 from ddil_jax.models.base import as_net_fn
+from tests.data import making
+from tests.data.conftest import pipeline_folder  # noqa: F401 (a fixture)
 from tests.parity.test_diffusers_models import DDPM, QUICK, SD15, both, diffusers, inputs, randomise, theirs, torch
 from tests.parity.test_diffusers_run import OPTIONS, TEACHER
-from tests.running import refuse, shared  # noqa: F401 (fixtures)
+from tests.running import SHORT, refuse, shared  # noqa: F401 (fixtures)
 
 pytest.importorskip("peft", reason="`pip install -r requirements-test.txt` for parity with peft")
 from diffusers.loaders import PeftAdapterMixin  # noqa: E402 (needs peft)
@@ -99,3 +102,44 @@ def test_a_run_with_a_lora_is_exported_as_one(tmp_path, shared, refuse):  # noqa
   saved = json.loads(path.read_text())
   path.write_text(json.dumps(saved | {"teacher": saved["teacher"] | {"path": "runs/pd/stage_4"}}))
   assert "over the student at runs/pd/stage_4" in refuse("export", run, f"--out={tmp_path / 'later'}")
+
+
+@pytest.fixture(scope="module")
+def prompted(pipeline_folder, tmp_path_factory):  # noqa: F811
+  """(prepared latents with text, folder of diffusers' network that reads it, converted file)."""
+  base = tmp_path_factory.mktemp("prompted")
+  files = {name: f"{pipeline_folder / name}.safetensors" for name in ("vae", "text_encoder")}
+  prepare.prepare(str(making.write_folder(base / "src", 24)), str(base / "set"),
+                  prepare.Options(**files, tokenizer=str(pipeline_folder / "tokenizer"), keep_images=True))
+  config = json.loads((folder() / "unets" / "tiny.json").read_text())
+  config |= {"cross_attention_dim": making.TEXT["hidden_size"]}
+  randomise(diffusers.UNet2DConditionModel.from_config(config)).save_pretrained(base / "unet")
+  assert main(["convert", str(base / "unet"), f"--out={base / 'unet.safetensors'}"]) == 0
+  return base / "set", base / "unet", base / "unet.safetensors"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, fields", [
+    ("lcm", ("objective.guidance_range=()", "model.guidance_embedding=0", "train.ema=(0.5,)", "eval.ema=0.5")),
+    ("dmd2", ("model.critic_lora=1", "objective.period=1", "objective.gan_weight=0.1"))])
+def test_a_lora_over_text_latents(method, fields, prompted, tmp_path, shared):  # noqa: F811
+  """Trained on all sources of states with a guided teacher; diffusers' network with what is exported is the student."""
+  data, theirs_folder, file = prompted
+  run = tmp_path / "run"
+  assert main(["train", f"--config=configs/emoji_{method}.py:ddil,smoke", f"--workdir={run}", *SHORT,
+               "--config.data.name=prepared", f"--config.data.path={data}", "--config.data.image_size=0",
+               f"--config.model.file={file}", "--config.model.lora=1", "--config.train.batch_size=8",
+               *(f"--config.{field}" for field in fields)]) == 0
+  assert main(["export", str(run), f"--out={tmp_path / 'lora'}"]) == 0
+  model = diffusers.UNet2DConditionModel.from_pretrained(theirs_folder).eval()
+  loader = diffusers.StableDiffusionPipeline
+  loader.load_lora_into_unet(*loader.lora_state_dict(tmp_path / "lora"), model)
+
+  config = trained.saved_config(run)
+  params, _ = trained.params_of(config, build.build(config), run)
+  module = folders.architecture(file)[0]
+  given = inputs(module, 8, 8)
+  net = as_net_fn(module)
+  before, expected = (np.asarray(net.apply(p, *given)) for p in (folders.load(file).params, params))
+  assert np.abs(before - expected).max() > 1e-5
+  np.testing.assert_allclose(theirs(model, module, *given), expected, atol=1e-4)
