@@ -98,6 +98,7 @@ class Plan(NamedTuple):
     kept: {kind: bytes per chip} of what lives from step to step.
     programs: one for each set of players; none where nothing was compiled.
     shares: {due: share of the steps}.
+    fsdp, teacher_dtype: over how many chips parameters are split; in which the teacher is kept.
   """
   topology: str
   chips: int
@@ -107,6 +108,8 @@ class Plan(NamedTuple):
   kept: dict[str, int]
   programs: list[Program]
   shares: list[float]
+  fsdp: int
+  teacher_dtype: str
 
   @property
   def peak(self) -> int:
@@ -233,7 +236,7 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print, comp
           "buffers": state.dist, "batch": given["batch"]}
   return Plan(topology, len(devices), chip, config.train.batch_size, runner.summary,
               {kind: bytes_per_chip(tree) for kind, tree in kept.items()}, programs,
-              [dues.count(program.due) / len(dues) for program in programs])
+              [dues.count(program.due) / len(dues) for program in programs], config.train.fsdp, config.teacher.dtype)
 
 
 def largest_batch(config: ConfigDict, topology: str, batch_size: int = 0, say=print) -> Plan | None:
@@ -409,8 +412,9 @@ def remedy(found: Plan) -> str:
   temporary = max(found.programs, key=lambda p: p.peak).temporary if found.programs else 0
   most = max(networks, found.kept["buffers"], temporary)
   if most == networks or networks > _FULL * found.chip.memory:
-    return ("parameters and what belongs to them are too much: split them over more chips by train.fsdp, up to"
-            f" {found.chips}; teacher.dtype=bfloat16")
+    split = f"train.fsdp, up to {found.chips}" if found.fsdp < found.chips else "a larger topology and train.fsdp"
+    return (f"parameters and what belongs to them are too much: split them over more chips by {split}"
+            + "; teacher.dtype=bfloat16" * (found.teacher_dtype != "bfloat16"))
   if most == temporary:
     return "most is temporary: set train.microbatch lower, model.remat, or a smaller batch"
   return "most is replay: set states.capacity lower"

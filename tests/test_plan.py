@@ -143,7 +143,9 @@ def test_what_fits_and_what_would(plans):
   assert not small.fits and "does NOT fit; most is temporary: set train.microbatch" in plan_lib.table(small)
   smaller = small._replace(chip=found.chip._replace(memory=0.9 * networks))
   for other in (smaller, small._replace(programs=[small.programs[0]._replace(temporary=0)])):
-    assert "train.fsdp, up to 8;" in plan_lib.remedy(other)
+    assert "by train.fsdp, up to 8; teacher.dtype=bfloat16" in plan_lib.remedy(other)
+    split = plan_lib.remedy(other._replace(fsdp=8, teacher_dtype="bfloat16"))
+    assert split.endswith("a larger topology and train.fsdp")
   assert "most is replay" in plan_lib.remedy(small._replace(kept=small.kept | {"buffers": 10**9}))
 
 
