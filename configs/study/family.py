@@ -1,8 +1,9 @@
 """10. Every method at 4, 2 and 1 steps, base and +DDIL, from the teacher with and without guidance.
 
 Each run is one student of four steps that is sampled at two and one as well, with the lengths and rates of its config
-on digits. Methods whose own form has one step are trained in that form too, base alone: all states of a sampler of one
-step are its start, so there is nothing to mix.
+on digits; what trains against a critic or a discriminator has 700 of its 1000 steps, so that all fits in three hours.
+Methods whose own form has one step are trained in that form too, base alone: all states of a sampler of one step are
+its start, so there is nothing to mix.
 """
 
 from ddil_jax.sweep import cross, product
@@ -26,17 +27,16 @@ ONE_STEP = ("diff_instruct", "dmd", "vsd", "gdd", "boot")
 CLEAN = ("ect", "tcm", "rf", "ufogen")
 # Of the teacher they use features or the start only, or are told the scale themselves.
 UNGUIDED = ("ladd", "gdd", "ufogen", "ect", "tcm")
-
-
+# Of 1000 steps on digits.
+LONG = ("diff_instruct", "dmd", "dmd2", "f_distill", "vsd", "sid", "moment_matching", "msd", "embedding_loss", "add",
+        "ladd", "gdd", "ufogen")
 # What the table has; nothing else is measured.
 MEASURED = {"eval.metrics": ("fd", "coverage"), "eval.shift_samples": 0}
-
-
 BOTH = ({}, {"teacher.guidance_scale": 3.0})
 
 
 def _entries(name: str, fields: dict, ddil: bool = True, scales: tuple[dict, ...] | None = None) -> list[dict]:
-  entry = {"config": f"configs/digits_{name}.py", **fields}
+  entry = {"config": f"configs/digits_{name}.py", **fields} | ({"train.steps": 700} if name in LONG else {})
   return cross([entry], [{"arg": arg} for arg in (("", "ddil") if ddil else ("",))],
                list(scales or (BOTH[:1] if name in UNGUIDED else BOTH)))
 
