@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("runs")
 FOUR = ("--config.train.steps=4", "--config.train.checkpoint_every=2", *SHORT)
 # All that a training state can hold: two networks and a head, their optimizers, averages, two buffers.
 DMD2 = ("train", "--config=configs/digits_dmd2.py:smoke", "--config.objective.gan_weight=0.1",
-        "--config.objective.period=2", "--config.model.channel_mult=(1,)", "--config.states.forward=0.4",
+        "--config.objective.period=1", "--config.model.channel_mult=(1,)", "--config.states.forward=0.4",
         "--config.states.student=0.3", "--config.states.teacher=0.3", "--config.states.refresh_every=2", *FOUR)
 LAST = (3, 3, 8, 1)  # of the kernels of its networks
 # A process that is killed as soon as step 3 is logged and the checkpoint of step 2 lies on disk.

@@ -58,10 +58,10 @@ def largest_difference(a, b):
 
 
 BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
-# Of the family, those with something of their own across the batch or the students: the others go the same way as
-# the base methods. Nearly all time is compiling, so that they run in `make test-all`.
-ACROSS = ("f_distill", "msd")
-MODES = [pytest.param(name, mode, marks=[] if name in BASE or name in ACROSS and mode == "mesh" else [pytest.mark.slow])
+# Of the family, one with something of its own across the batch: the others go the same way as the base methods. Nearly
+# all time is compiling, so that they run in `make test-all`.
+QUICK = {("f_distill", "mesh"), *((name, mode) for name in BASE for mode in ("mesh", "pmap"))}
+MODES = [pytest.param(name, mode, marks=[] if (name, mode) in QUICK else [pytest.mark.slow])
          for name in (*NAMES, *SECOND) for mode in ("mesh", "pmap")]
 
 
