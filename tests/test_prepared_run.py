@@ -68,8 +68,23 @@ def test_what_cannot_be_measured_is_refused_before_training(made, extractor, tmp
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_run_from_disk_is_that_from_memory(made, extractor, tmp_path, monkeypatch):
+  found = []
+  for name, limit in (("memory", prepared._IN_MEMORY), ("disk", 0)):
+    monkeypatch.setattr(prepared, "_IN_MEMORY", limit)
+    run = tmp_path / name
+    assert main(train(run, made[0], made[1], f"clip:{extractor}")) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert main(["sample", f"--workdir={run}", f"--out={run / 'samples.png'}", "--num_samples=2"]) == 0
+    found.append(([row["student/loss"] for row in rows if "student/loss" in row],
+                  [row["metrics"] for row in json.loads((run / "results.json").read_text())],
+                  np.asarray(Image.open(run / "samples.png")).tolist()))
+  assert found[0] == found[1] and len(found[0][0]) == 2
+
+
 def test_a_run_on_latents(made, extractor, pipeline_folder, tmp_path, monkeypatch, refuse, capsys):  # noqa: F811
-  """Trains from disk (`tests/data` has that memory gives the same), decodes its samples and measures them."""
+  """Trains from disk, decodes its samples and measures them."""
   monkeypatch.setattr(prepared, "_IN_MEMORY", 0)
   run = tmp_path / "run"
   assert main(train(run, made[0], made[1], f"clip:{extractor}")) == 0

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("runs")
 FOUR = ("--config.train.steps=4", "--config.train.checkpoint_every=2", *SHORT)
 # All that a training state can hold: two networks and a head, their optimizers, averages, two buffers.
 DMD2 = ("train", "--config=configs/digits_dmd2.py:smoke", "--config.objective.gan_weight=0.1",
-        "--config.objective.period=1", "--config.model.channel_mult=(1,)", "--config.states.forward=0.4",
+        "--config.model.channel_mult=(1,)", "--config.states.forward=0.4",
         "--config.states.student=0.3", "--config.states.teacher=0.3", "--config.states.refresh_every=2", *FOUR)
 LAST = (3, 3, 8, 1)  # of the kernels of its networks
 # A process that is killed as soon as step 3 is logged and the checkpoint of step 2 lies on disk.
@@ -63,20 +63,21 @@ def copies() -> int:
   return sum(v.shape == LAST and v.dtype == np.float32 for v in jax.live_arrays())
 
 
-def test_killed_and_continued(tmp_path, trained, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize("period", [1, pytest.param(2, marks=pytest.mark.slow)])  # a program more to compile
+def test_killed_and_continued(tmp_path, trained, monkeypatch, capsys, period):  # noqa: F811
   """DMD2 with GAN, replay and the mixture: 4 steps are 2, SIGKILL, and 2, bit for bit."""
-  before, during = copies(), []
+  command, before, during = (*DMD2, f"--config.objective.period={period}"), copies(), []
   with monkeypatch.context() as patch:
     write = log_lib.MetricWriter.write
     patch.setattr(log_lib.MetricWriter, "write", lambda *arguments: (during.append(copies()), write(*arguments)))
-    assert main([*DMD2, f"--workdir={tmp_path / 'whole'}"]) == 0
-  killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), *DMD2], cwd=ROOT,
+    assert main([*command, f"--workdir={tmp_path / 'whole'}"]) == 0
+  killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed"), *command], cwd=ROOT,
                           capture_output=True, text=True)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert [line["step"] for line in values(tmp_path / "killed")] == [1, 2, 3]
   assert not (tmp_path / "killed" / "results.json").exists()
   capsys.readouterr()
-  assert main([*DMD2, f"--workdir={tmp_path / 'killed'}"]) == 0
+  assert main([*command, f"--workdir={tmp_path / 'killed'}"]) == 0
   assert "continuing from step 2 of 4" in capsys.readouterr().out
 
   whole, continued = trained

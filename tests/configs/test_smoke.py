@@ -77,17 +77,17 @@ def test_sweep(name):
 
 
 # Of the others every step is traced above; their runs are compiled in `make test-all`.
-QUICK = ("digits_teacher", "digits_pd")  # DMD2 runs whole in tests/test_runs.py too
-RUNS = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NAMES]
+# DMD2 runs whole in tests/test_runs.py too. Every modifier makes the programs longer to compile.
+QUICK = [("digits_teacher", ("reflected",)), ("digits_pd", ("ddil", "reflected"))]
+RUNS = QUICK + [pytest.param(name, None, marks=pytest.mark.slow) for name in NAMES if name != "digits_teacher"]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_smoke(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name, chosen", RUNS)
+def test_smoke(name, chosen, tmp_path, monkeypatch, capsys):
   """Two steps as a user runs them."""
   full = name in FULL
   stages = config_lib.load(f"configs/{name}.py").train.stages
-  # What the other modifiers do is traced above; every one of them makes the programs longer to compile.
-  arg = ",".join([*(m for m in ("ddil", "reflected") if full and m in modifiers(name)), "smoke"])
+  arg = ",".join([*(chosen or modifiers(name)), "smoke"]) if full else "smoke"
   # To compile less: one stage, and players that learn together.
   objective = config_lib.load(f"configs/{name}.py").objective
   fewer = ["--config.train.stages=(2,)"] * bool(stages) + ["--config.objective.period=1"] * ("period" in objective)

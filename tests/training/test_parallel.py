@@ -79,6 +79,13 @@ def test_accumulated_gradients_are_those_of_the_batch(unroll):
   assert found.runner.summary == "batch 16 = 1 device(s) x 4 pass(es) x 4"
 
 
+def test_accumulated_gradients_of_a_split_mesh():
+  """Each device's examples in parts of their own."""
+  found = Training("mesh", FSDP._replace(microbatch=1))
+  assert_close(found.run(3), reference()[0][2])
+  assert found.runner.summary.startswith("batch 16 = 8 device(s) x 2 pass(es) x 1")
+
+
 def held(options, tree):
   """{name: shape of what one of four devices would hold}."""
   found = parallel._Places(jax.devices()[:4], options).params(tree)
