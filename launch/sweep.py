@@ -134,7 +134,9 @@ def run_all(trials: list[Trial], workdir: pathlib.Path, workers: int, retry: boo
     return failed
   context = multiprocessing.get_context("spawn")
   count, outcomes = min(workers, len(todo)), context.Queue()
-  todos = [context.SimpleQueue() for _ in range(count)]
+  todos = [context.Queue() for _ in range(count)]
+  for queue in todos:
+    queue.cancel_join_thread()  # else a stopped sweep waits for ever for a worker to take the trial that it was given
   processes = [context.Process(target=worker, daemon=True, args=(i, count, todos[i], outcomes, str(workdir), small))
                for i in range(count)]
   for process in processes:
