@@ -212,7 +212,7 @@ def draw(found: list[Line], teacher: Mapping[tuple[int, float], float]) -> Drawi
   families = list(dict.fromkeys(line.family for line in found))
   scales = sorted({line.scale for line in found})
   with matplotlib.rc_context(STYLE):
-    figure = Figure(figsize=(2.7 * len(families), 4 * len(scales) + 1.4), layout="constrained")
+    figure = Figure(figsize=(2.7 * len(families), 5 * len(scales) + 1.4), layout="constrained")
     axes = figure.subplots(2 * len(scales) + 1, len(families), squeeze=False, sharey="row",
                            height_ratios=[1] * 2 * len(scales) + [0.7])
     for column, family in enumerate(families):
