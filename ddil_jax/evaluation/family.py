@@ -217,10 +217,12 @@ def draw(found: list[Line], teacher: Mapping[tuple[int, float], float]) -> Drawi
                            height_ratios=[1] * 2 * len(scales) + [0.7])
     for column, family in enumerate(families):
       own = [line for line in found if line.family == family]
-      paint = {name: colour for name, (colour, _) in styles([line.method for line in own]).items()}
+      # Lines tell the variant; where colours are used up the marker tells the method.
+      looks = {name: dict(color=colour, marker="o" if dash == "solid" else "s")
+               for name, (colour, dash) in styles([line.method for line in own]).items()}
       for row, scale_ in enumerate(scales):
         above, below = axes[2 * row, column], axes[2 * row + 1, column]
-        _panels(above, below, [line for line in own if line.scale == scale_], paint)
+        _panels(above, below, [line for line in own if line.scale == scale_], looks)
         walked = {n * (1 if scale_ == 1 else 2): v for (n, g), v in teacher.items() if g == scale_ and n in COUNTS}
         above.plot(*zip(*sorted(walked.items())) if walked else ([], []), color=INK, linestyle="dotted")
         above.set(title=f"{family}\nguidance {scale_:g}" if row == 0 else f"guidance {scale_:g}",
@@ -229,8 +231,9 @@ def draw(found: list[Line], teacher: Mapping[tuple[int, float], float]) -> Drawi
         above.minorticks_off()
         below.set_xlabel("training, seconds")
       axes[-1, column].axis("off")
-      axes[-1, column].legend(handles=[Line2D([], [], color=colour, marker="o", label=name)
-                                       for name, colour in paint.items()], loc="upper center", ncols=2, frameon=False)
+      axes[-1, column].legend(handles=[Line2D([], [], label=name, **look) for name, look in looks.items()],
+                              loc="upper center", ncols=2, frameon=False, fontsize="small", handlelength=1,
+                              columnspacing=0.8)
     costs = [x for axis in axes[1:-1:2].flat for drawn in axis.lines for x in drawn.get_xdata()]
     for axis in axes[1:-1:2].flat if costs else ():
       scale(axis, costs, "x")
@@ -245,7 +248,7 @@ def draw(found: list[Line], teacher: Mapping[tuple[int, float], float]) -> Drawi
                  figure, [("base", INK, "solid"), ("+ddil", INK, "dashed"), ("teacher's own sampler", INK, "dotted")])
 
 
-def _panels(above, below, own, paint):
+def _panels(above, below, own, looks):
   """Quality of lines against network evaluations and against training cost."""
   for line in own:
     means = {n: _mean(of) for n, of in line.distance.items()}
@@ -253,8 +256,9 @@ def _panels(above, below, own, paint):
     if not shown:
       continue
     base = line.variant == BASE
-    look = dict(color=paint[line.method], marker="D" if line.trained == 1 else "o",
-                fillstyle="full" if base else "none")
+    look = looks[line.method] | {"fillstyle": "full" if base else "none"}
+    if line.trained == 1:
+      look["marker"] = "D"
     above.plot(*zip(*shown), linestyle="solid" if base else "dashed", **look)
     best = min(means, key=means.get)
     if best in line.cost:
