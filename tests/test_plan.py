@@ -15,7 +15,8 @@ from ddil_jax.training import collectives
 from tests.running import refuse, shared  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.xdist_group("plan")
-LCM = ("configs/digits_lcm.py:ddil,smoke", {"train.min_shard": "64", "train.batch_size": "16"})
+LCM = ("configs/digits_lcm.py:ddil,smoke",
+       {"train.min_shard": "64", "train.batch_size": "16", "model.channel_mult": "(1,)"})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -59,8 +59,8 @@ def largest_difference(a, b):
 
 BASE = ("denoising", "pd", "cd", "lcm", "dmd2")
 # Of the family, one with something of its own across the batch: the others go the same way as the base methods. Nearly
-# all time is compiling, so that they run in `make test-all`.
-QUICK = {("f_distill", "mesh"), *((name, mode) for name in BASE for mode in ("mesh", "pmap"))}
+# all time is compiling, so that they run in `make test-all`, and so does pmap but with a target and with two players.
+QUICK = {("f_distill", "mesh"), ("lcm", "pmap"), ("dmd2", "pmap"), *((name, "mesh") for name in BASE)}
 MODES = [pytest.param(name, mode, marks=[] if (name, mode) in QUICK else [pytest.mark.slow])
          for name in (*NAMES, *SECOND) for mode in ("mesh", "pmap")]
 
@@ -160,7 +160,8 @@ def kinds(i, name):
   return defined if name in BASE else [defined[i % len(defined)]]
 
 
-PAIRS = [pytest.param(name, kind, marks=[] if name in BASE else [pytest.mark.slow])
+QUICK_PAIRS = {("pd", "flow"), ("cd", "edm"), ("lcm", "stable_diffusion"), ("dmd2", "edm")}  # as above
+PAIRS = [pytest.param(name, kind, marks=[] if (name, kind) in QUICK_PAIRS else [pytest.mark.slow])
          for i, name in enumerate(DISTILLATION) for kind in kinds(i, name)]
 
 
