@@ -26,7 +26,7 @@ OF_STEPS = ("tract", "boot", "diff_instruct", "dmd", "dmd2", "f_distill", "vsd",
 ONE_STEP = ("diff_instruct", "dmd", "vsd", "gdd", "boot")
 # Their loss needs the clean image, so there is no +DDIL of them.
 CLEAN = ("ect", "tcm", "rf", "ufogen")
-# Of the teacher they use features or the start only, or are told the scale themselves.
+# They use no estimate of the teacher: its features, its parameters to start from, or nothing.
 UNGUIDED = ("ladd", "gdd", "ufogen", "ect", "tcm")
 MOST_STEPS = 700
 # What the table has; nothing else is measured.

@@ -28,6 +28,7 @@ COUNTS = (4, 2, 1)  # sampling steps of the columns
 # Fields in which runs of one method are not the same method.
 FORMS = ("objective.from_data", "objective.guidance_range", "model.lora")
 BASE = "base"
+MARKERS = {"solid": "o", "dashed": "s", "dotted": "v"}  # for the line styles that other figures tell methods by
 
 
 class Line(NamedTuple):
@@ -218,7 +219,7 @@ def draw(found: list[Line], teacher: Mapping[tuple[int, float], float]) -> Drawi
     for column, family in enumerate(families):
       own = [line for line in found if line.family == family]
       # Lines tell the variant; where colours are used up the marker tells the method.
-      looks = {name: dict(color=colour, marker="o" if dash == "solid" else "s")
+      looks = {name: dict(color=colour, marker=MARKERS[dash])
                for name, (colour, dash) in styles([line.method for line in own]).items()}
       for row, scale_ in enumerate(scales):
         above, below = axes[2 * row, column], axes[2 * row + 1, column]

@@ -211,7 +211,7 @@ FULL_SD15 = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
 
 @pytest.mark.slow
 def test_full_stable_diffusion(tmp_path):
-  """SD 1.5's UNet at full size: what converting it takes, and parity. About 12 GiB of memory and ten minutes."""
+  """SD 1.5's UNet at full size: what converting it takes, and parity. About 12 GiB of memory and some minutes."""
   model = randomise(diffusers.UNet2DConditionModel(**FULL_SD15))
   assert sum(p.numel() for p in model.parameters()) == 859_520_964
   model.save_pretrained(tmp_path / "full")
