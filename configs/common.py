@@ -29,7 +29,7 @@ def common() -> ConfigDict:
   config.grid = ConfigDict(dict(name="uniform"))
 
   config.model = ConfigDict(dict(
-      file="",  # of `ddil convert`, or a config.json of diffusers: then the sizes below do not count
+      file="",  # of `ddil convert`, or a config.json of diffusers or EDM: then the sizes below do not count
       channels=32, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(7, 8), num_heads=4, dropout=0.0,
       guidance_embedding=0,  # dimension of the embedding of the guidance scale; 0 is none
       end_time_embedding=0,  # of the time at which a jump ends, for methods that tell it; 0 is none

@@ -32,6 +32,7 @@ from ddil_jax.models import adapters
 from ddil_jax.models import base as models
 from ddil_jax.models.classifier import Classifier
 from ddil_jax.models.diffusers_unet import DiffusersUNet
+from ddil_jax.models.edm import EDMUNet
 from ddil_jax.models.head import DiscriminatorHead
 from ddil_jax.models.unet import UNet
 from ddil_jax.objectives import base as objectives
@@ -229,12 +230,12 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
     UsageError: a network that does not fit the data, the prediction or the guidance.
   """
   path = config.model.file
-  if width := config.model.get("end_time_embedding", 0):
-    raise UsageError(f"config.model.end_time_embedding={width}: a network of"
-                     " config.model.file has none; leave it at 0")
   module, _ = diffusers.architecture(path)
-  if not isinstance(module, DiffusersUNet):
+  if not isinstance(module, DiffusersUNet | EDMUNet):
     raise UsageError(f"config.model.file={path} is no UNet")
+  if isinstance(module, EDMUNet) and image_shape[:2] != (module.resolution,) * 2:
+    raise UsageError(f"config.model.file={path} is made for images of {module.resolution}x{module.resolution} pixels;"
+                     f" those of {config.data.name} have {image_shape[0]}x{image_shape[1]}")
   text = example["text"].shape[-1] if "text" in example else 0
   pooled = example["text_pooled"].shape[-1] if "text_pooled" in example else 0
   for what, reads, has in (("text", module.text_width, text), ("pooled text", module.pooled_width, pooled)):
@@ -247,13 +248,14 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
     raise UsageError(f"config.model.file={path} maps {module.in_channels} to {module.out_channels} channels;"
                      f" images of {channels} and this prediction need {channels} to {channels * prediction_.channels}")
   guided = config.teacher.guidance_scale != 1 or config.objective.name == "denoising"
-  if module.num_classes not in (0, num_classes + 1) and (guided or module.num_classes != num_classes):
-    raise UsageError(f"config.model.file={path} has {module.num_classes} classes; the data has {num_classes}, and"
+  if module.labels not in (0, num_classes + 1) and (guided or module.labels != num_classes):
+    raise UsageError(f"config.model.file={path} has {module.labels} classes; the data has {num_classes}, and"
                      f" {num_classes + 1} are needed with the null class of guidance")
-  style = dataclasses.replace(module.style, dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout,
-                              remat=config.model.remat)
-  teacher = module.clone(style=style)
-  student = teacher.clone(guidance_embedding=config.model.guidance_embedding or module.guidance_embedding)
+  how = dict(dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout, remat=config.model.remat)
+  teacher = module.clone(**how) if isinstance(module, EDMUNet) else module.clone(
+      style=dataclasses.replace(module.style, **how))
+  student = teacher.clone(guidance_embedding=config.model.guidance_embedding or module.guidance_embedding,
+                          end_time_embedding=config.model.get("end_time_embedding", 0))
   return _with_shape(student, image_shape, example), _with_shape(teacher, image_shape, example)
 
 

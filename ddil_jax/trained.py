@@ -208,6 +208,8 @@ def export(workdir: str | pathlib.Path, out: str | pathlib.Path, dtype: str = "f
   if not file:
     raise UsageError(f"{workdir} trained the project's own UNet, which diffusers does not have; runs with"
                      " config.model.file can be exported")
+  if config.model.get("end_time_embedding", 0):
+    raise UsageError(f"{workdir}: the student is told the time at which a jump ends, which no network of diffusers reads")
   built = build_lib.build(config)
   sampling = samplers.sampling_of(config, built)
   of_lora = None if merged else build_lib.loras_of(config).get("student")

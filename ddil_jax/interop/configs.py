@@ -1,4 +1,4 @@
-"""config.json of diffusers and transformers -> our modules.
+"""config.json of diffusers and transformers, and arguments of EDM's networks in the same form -> our modules.
 
 An option that is known here and not computed is refused; fields that are not known are returned. A config.json is a
 stranger's file: every number in it is checked before anything is built from it.
@@ -14,6 +14,7 @@ from ddil_jax.models.autoencoder_kl import AutoencoderKL
 from ddil_jax.models.blocks import Level, Middle, Style
 from ddil_jax.models.clip import ACTIVATIONS, TextEncoder, Tower
 from ddil_jax.models.diffusers_unet import DiffusersUNet, Times
+from ddil_jax.models.edm import DhariwalUNet, SongUNet
 from ddil_jax.registry import unknown
 
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -292,6 +293,48 @@ def _autoencoder(fields: Fields) -> nn.Module:
       fields.number("shift_factor", 0.0), fields.flag("use_quant_conv", True), fields.flag("use_post_quant_conv", True))
 
 
+def _edm(song: bool) -> Callable[[Fields], nn.Module]:
+  """SongUNet and DhariwalUNet, by the names of EDM's own arguments. What augments the images in training is left out."""
+  def build(fields: Fields) -> nn.Module:
+    fields.only(channel_mult_emb=(None, 4), label_dropout=(None, 0))
+    resolution, channels = fields.integer("img_resolution"), fields.integer("in_channels", 3)
+    if fields.integer("out_channels", channels) != channels:
+      raise UsageError(f"out_channels={fields.get('out_channels')}: in_channels, {channels}, is expected")
+    mult = fields.get("channel_mult", [1, 2, 2, 2] if song else [1, 2, 3, 4])
+    if not isinstance(mult, list | tuple) or not 1 <= len(mult) <= _MOST_LEVELS:
+      raise UsageError(f"channel_mult={_short(mult)}: a list of 1 to {_MOST_LEVELS} widths is expected")
+    if resolution % 2**(len(mult) - 1):
+      raise UsageError(f"img_resolution={resolution} cannot be halved {len(mult) - 1} times, for as many levels as"
+                       f" channel_mult={_short(mult)} has")
+    at = fields.get("attn_resolutions", [16] if song else [32, 16, 8])
+    if not isinstance(at, list | tuple):
+      raise UsageError(f"attn_resolutions={_short(at)}: a list of resolutions is expected")
+    shared = dict(
+        resolution=resolution, out_channels=channels, num_classes=fields.integer("label_dim", 0, 1_000_000, 0),
+        channels=fields.integer("model_channels", 128 if song else 192, 1024),
+        channel_mult=tuple(fields.check("channel_mult", m, 16) for m in mult),
+        num_blocks=fields.integer("num_blocks", 4 if song else 3, _DEEPEST // 2),
+        attention_resolutions=tuple(fields.check("attn_resolutions", r) for r in at),
+        dropout=fields.number("dropout", 0.1))
+    fields.get("augment_dim")
+    if not song:
+      widths = {shared["channels"] * m for m in shared["channel_mult"]}
+      if any(width % DhariwalUNet.per_head for width in widths):
+        raise UsageError(f"model_channels times channel_mult, {sorted(widths)}: multiples of {DhariwalUNet.per_head},"
+                         " the channels of an attention head, are expected")
+      return DhariwalUNet(**shared)
+    fields.only(embedding_type=(None, "positional", "fourier"), encoder_type=(None, "standard", "skip", "residual"),
+                decoder_type=(None, "standard", "skip"))
+    taps = fields.get("resample_filter", [1, 1])
+    if not isinstance(taps, list | tuple) or len(taps) not in (2, 4):
+      raise UsageError(f"resample_filter={_short(taps)}: a list of 2 or 4 whole numbers is expected")
+    return SongUNet(**shared, fourier=fields.get("embedding_type") == "fourier",
+                    encoder=fields.get("encoder_type", "standard"), decoder=fields.get("decoder_type", "standard"),
+                    taps=tuple(fields.check("resample_filter", tap) for tap in taps),
+                    noise_width=fields.integer("channel_mult_noise", 1, 16))
+  return build
+
+
 def clip_tower(fields: Fields, width: int = 512, hidden: int = 2048, heads: int = 8) -> Tower:
   """A tower of CLIP; the defaults are those of the original text towers."""
   act = fields.get("hidden_act", "quick_gelu")
@@ -323,4 +366,5 @@ def _text_encoder(projected: bool) -> Callable[[Fields], nn.Module]:
 
 MODELS: dict[str, Callable[[Fields], nn.Module]] = {
     "UNet2DConditionModel": _condition_unet, "UNet2DModel": _unet, "AutoencoderKL": _autoencoder,
-    "CLIPTextModel": _text_encoder(False), "CLIPTextModelWithProjection": _text_encoder(True)}
+    "CLIPTextModel": _text_encoder(False), "CLIPTextModelWithProjection": _text_encoder(True),
+    "SongUNet": _edm(True), "DhariwalUNet": _edm(False)}

@@ -22,6 +22,7 @@ import numpy as np
 from ddil_jax import files
 from ddil_jax.errors import UsageError
 from ddil_jax.interop import configs, single_file, weights
+from ddil_jax.models import edm
 from ddil_jax.types import Params
 
 KIND = "diffusers"
@@ -35,7 +36,7 @@ _AGAIN = "convert the folder again: `ddil convert FOLDER --out=FILE.safetensors`
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_PARAMETERS = 20_000_000_000  # SDXL has 2.6
 # Stored by some versions and computed by ours.
-_NOT_NEEDED = r".*\.position_ids"
+_NOT_NEEDED = r".*\.(position_ids|resample_filter)"
 # What a student may have that its teacher has not, and what it starts from: zero, without effect.
 _NEW = r"time_embedding/cond_proj/kernel"
 
@@ -106,7 +107,7 @@ def convert(folder, out, component: str = "", guidance_embedding: int = 0) -> Re
     config = config | {"time_cond_proj_dim": guidance_embedding}
   module, ignored = _module(config, described)
   shapes = _shapes(module, folder)
-  wanted = weights.names({"params": flax.traverse_util.unflatten_dict(shapes)}, weights.NUMBERED)
+  wanted = _published(module, flax.traverse_util.unflatten_dict(shapes))
   with weights.reading(folder):
     there, licence = (there, "") if single else (_tensors(folder), _license(folder))
   found, problems, new = {}, [], []
@@ -219,7 +220,7 @@ def export(params: Params, about: dict, folder, dtype: str = "float32") -> None:
   flat = flax.traverse_util.flatten_dict(params)
   shapes = _shapes(module, folder)
   _require({"/".join(path): v for path, v in flat.items()}, shapes, folder)
-  wanted = weights.names({"params": params}, weights.NUMBERED)
+  wanted = _published(module, params)
   paths = {wanted["params", *path]: path for path in flat}
 
   def tensor(name):
@@ -247,8 +248,9 @@ def export_lora(delta: Params, about: dict, folder, scale: float = 1.0, dtype: s
     UsageError: a delta of another network, or with whole parameters, which the format has no place for; not writable.
   """
   folder = pathlib.Path(folder)
-  shapes = _shapes(_module(about["config"], folder)[0], folder)
-  wanted = weights.names({"params": flax.traverse_util.unflatten_dict(shapes)}, weights.NUMBERED)
+  module, _ = _module(about["config"], folder)
+  shapes = _shapes(module, folder)
+  wanted = _published(module, flax.traverse_util.unflatten_dict(shapes))
   found = {}
   for path, factor in flax.traverse_util.flatten_dict(delta).items():
     kernel, which = path[:-1], path[-1]
@@ -273,6 +275,10 @@ def export_lora(delta: Params, about: dict, folder, scale: float = 1.0, dtype: s
   files.stream_arrays(folder / "pytorch_lora_weights.safetensors",
                       {name: weights.torch_shape(shape, kernel) for name, (kernel, _, shape) in found.items()}, tensor,
                       dtype=dtype, metadata={"format": "pt"})
+
+
+def _published(module: nn.Module, params: Params) -> dict[tuple[str, ...], str]:
+  return weights.names({"params": params}, edm.NAMES if isinstance(module, edm.EDMUNet) else weights.NUMBERED)
 
 
 def _model_folder(folder, component: str) -> pathlib.Path:

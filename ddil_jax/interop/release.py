@@ -14,6 +14,7 @@ from ddil_jax.lora import LoRA
 from ddil_jax.registry import unknown
 from ddil_jax.types import Params
 
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 SAMPLERS = ("ddim", "lcm")
 _LCM_STEPS = 50  # times at which LCM's students are trained
@@ -171,6 +172,8 @@ def write(folder, params: Params, about: dict, sampling: Sampling, run: dict[str
   """
   folder = pathlib.Path(folder)
   config = scheduler_config(sampling)
+  if (name := about["config"].get("_class_name")) not in UNETS:
+    raise UsageError(f"the network is a {name}; a student for diffusers is a {' or a '.join(UNETS)}")
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UsageError(f"{folder} exists already and is not an empty folder; give another one")
   taken = pipelines.read(pipeline, about["config"]) if pipeline else None

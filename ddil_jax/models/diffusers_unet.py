@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ddil_jax.errors import UsageError
 from ddil_jax.models.base import require_features
 from ddil_jax.models.blocks import Down, Level, Mid, Middle, Style, Up, group_norm
-from ddil_jax.models.layers import guidance_embedding, timestep_embedding
+from ddil_jax.models.layers import guidance_embedding, sinusoidal_embedding, timestep_embedding
 from ddil_jax.types import Array, Cond
 
 _ZEROS = nn.initializers.zeros_init()
@@ -39,6 +39,7 @@ class DiffusersUNet(nn.Module):
     pooled_width: D of cond["text_pooled"], next to time_ids.
     guidance_embedding: width of the embedding of cond["guidance_scale"] (`time_cond_proj_dim`; LCM: 256); 0 is none.
       Its projection starts at zero, so a student that starts from a teacher's parameters starts as the teacher.
+    end_time_embedding: width of the embedding of cond["end_time"] (missing: t itself); likewise, and unknown to diffusers.
     num_classes: classes of cond["label"]; 0 is none.
     center: the network wants 2 x - 1.
     sample_size: (H, W) of the maps that it was made for, if it says so.
@@ -57,9 +58,15 @@ class DiffusersUNet(nn.Module):
   added_time: int = 0
   pooled_width: int = 0
   guidance_embedding: int = 0
+  end_time_embedding: int = 0
   num_classes: int = 0
   center: bool = False
   sample_size: tuple[int, int] | None = None
+
+  @property
+  def labels(self) -> int:
+    """How many values cond["label"] may have, the null class included; 0 is none."""
+    return self.num_classes
 
   def feature_names(self) -> tuple[str, ...]:
     """Features that `__call__` gives on request."""
@@ -97,7 +104,8 @@ class DiffusersUNet(nn.Module):
       x: [B, H, W, in_channels].
       t: time input [B], 0..1000.
       cond: "text" [B,L,D] embeddings of the prompt; SDXL's "text_pooled" [B,D'] and "time_ids" [B,6] (original size,
-        crop, target size, height first); "guidance_scale" float [B], missing: no such term; "label" int [B].
+        crop, target size, height first); "guidance_scale" float [B], missing: no such term; "end_time" float [B];
+        "label" int [B].
       keys: [B] typed keys that switch dropout on.
       features: names of features wanted; see `feature_names` and `cache_names`.
       reuse: one of `cache_names` and its value, of an earlier call; features that it passes over are not there.
@@ -153,6 +161,9 @@ class DiffusersUNet(nn.Module):
     if self.guidance_embedding and "guidance_scale" in cond:
       w = guidance_embedding(cond["guidance_scale"].astype(wide) - 1, self.guidance_embedding)
     emb = TimeEmbedding(times.width, dtype, name="time_embedding")(sinusoid(t, times.sinusoid), w)
+    if self.end_time_embedding:
+      end = sinusoidal_embedding(cond.get("end_time", t).astype(wide), self.end_time_embedding)
+      emb = emb + nn.Dense(times.width, use_bias=False, kernel_init=_ZEROS, dtype=dtype, name="end_time")(end)
     if self.num_classes:
       emb = emb + nn.Embed(self.num_classes, times.width, dtype=dtype, name="class_embedding")(cond["label"])
     if self.added_time:

@@ -12,7 +12,8 @@ import numpy as np
 
 from ddil_jax.keys import named
 from ddil_jax.models.base import require_features
-from ddil_jax.models.layers import attention, dropout, num_groups, timestep_embedding
+from ddil_jax.models.layers import (attention, dropout, guidance_embedding, num_groups, rematerialised,
+                                    sinusoidal_embedding, timestep_embedding)
 from ddil_jax.types import Array, Cond
 
 # Names made from Flax paths -> those of the released weights, for `interop/weights.py`.
@@ -93,7 +94,7 @@ class Block(nn.Module):
     return (nn.Conv(c, (1, 1), dtype=dtype, kernel_init=_ZEROS, name="proj")(h) + x) / divide
 
 
-class _EDMUNet(nn.Module):
+class EDMUNet(nn.Module):
   """What both networks share: levels by resolution, embeddings, features.
 
   Attributes:
@@ -104,7 +105,11 @@ class _EDMUNet(nn.Module):
     channels: width in units of which `channel_mult` is.
     channel_mult, num_blocks, attention_resolutions, dropout: as in our UNet.
     dtype: compute dtype.
+    remat: an entry of `layers.REMAT`, for the blocks.
+    guidance_embedding, end_time_embedding: widths of the embeddings of cond["guidance_scale"] and cond["end_time"], as in
+      our UNet; 0 is none. They start at zero, without effect.
   """
+  text_width = pooled_width = 0  # these networks read no text
   resolution: int
   out_channels: int
   num_classes: int = 0
@@ -115,6 +120,19 @@ class _EDMUNet(nn.Module):
   attention_resolutions: tuple[int, ...] = (16,)
   dropout: float = 0.1
   dtype: Any = jnp.float32
+  remat: str = "none"
+  guidance_embedding: int = 0
+  end_time_embedding: int = 0
+
+  @property
+  def in_channels(self) -> int:
+    """Of the image: an F that predicts one image has as many output channels."""
+    return self.out_channels
+
+  @property
+  def labels(self) -> int:
+    """How many values cond["label"] may have, the null class included; 0 is none."""
+    return self.num_classes + bool(self.num_classes)
 
   def feature_names(self) -> tuple[str, ...]:
     """Features that `__call__` gives on request."""
@@ -125,6 +143,7 @@ class _EDMUNet(nn.Module):
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
     cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32)} if self.num_classes else {}
     cond |= {"augment": shape(1, self.augment)} if self.augment else {}
+    cond |= {"guidance_scale": shape(1)} if self.guidance_embedding else {}
     return shape(1, self.resolution, self.resolution, self.out_channels), shape(1), cond
 
   def _names(self) -> list[str]:
@@ -138,9 +157,18 @@ class _EDMUNet(nn.Module):
     label = cond.get("label", jnp.full(t.shape, self.num_classes, jnp.int32))
     return jax.nn.one_hot(label, self.num_classes, dtype=jnp.promote_types(self.dtype, jnp.float32))
 
-  def _add_augment(self, emb: Array, cond: Cond) -> Array:
+  def _add_conditions(self, emb: Array, t: Array, cond: Cond) -> Array:
+    """emb [B,D] with the augmentation, the guidance scale (missing: 1) and the end time (missing: t)."""
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    dense = lambda name, **init: nn.Dense(emb.shape[-1], use_bias=False, dtype=self.dtype, name=name, **init)  # noqa: E731
     if self.augment and "augment" in cond:
-      emb = emb + nn.Dense(emb.shape[-1], use_bias=False, dtype=self.dtype, name="map_augment")(cond["augment"])
+      emb = emb + dense("map_augment")(cond["augment"])
+    if self.guidance_embedding:
+      w = cond.get("guidance_scale", jnp.ones(t.shape)).astype(wide) - 1
+      emb = emb + dense("guidance", kernel_init=_ZEROS)(guidance_embedding(w, self.guidance_embedding))
+    if self.end_time_embedding:
+      end = sinusoidal_embedding(cond.get("end_time", t).astype(wide), self.end_time_embedding)
+      emb = emb + dense("end_time", kernel_init=_ZEROS)(end)
     return emb
 
 
@@ -149,7 +177,7 @@ def _finish(out: Array, found: dict[str, Array], features: tuple[str, ...]) -> A
   return (out, {name: found[name] for name in features}) if features else out
 
 
-class SongUNet(_EDMUNet):
+class SongUNet(EDMUNet):
   """DDPM++ (defaults) or NCSN++, `(x [B,H,H,C], t [B], cond) -> [B,H,H,out_channels]`; t is EDM's c_noise.
 
   Attributes (besides the shared ones):
@@ -177,11 +205,11 @@ class SongUNet(_EDMUNet):
     """
     require_features(features, self.feature_names())
     dtype, names, found, skips = self.dtype, self._names(), {}, []
-    last, emb = len(names) - 1, self._embed(t, cond)
+    last, emb, one = len(names) - 1, self._embed(t, cond), rematerialised(Block, self.remat)
 
     def block(h, level, name, resample="", attention=False, like_before=False):
       width = h.shape[-1] if like_before else self.channels * self.channel_mult[level]
-      return Block(width, True, resample, int(attention), self.taps, self.dropout, dtype, name=name)(h, emb, keys)
+      return one(width, True, resample, int(attention), self.taps, self.dropout, dtype, name=name)(h, emb, keys)
 
     conv = lambda width, size, name: nn.Conv(width, (size, size), dtype=dtype, name=name)  # noqa: E731
     h = aux = x.astype(dtype)
@@ -232,7 +260,7 @@ class SongUNet(_EDMUNet):
     if self.num_classes:
       labels = self._one_hot(t, cond) * np.sqrt(self.num_classes)
       emb = emb + nn.Dense(width, dtype=self.dtype, name="map_label")(labels)
-    emb = self._add_augment(emb, cond)
+    emb = self._add_conditions(emb, t, cond)
     for name in ("map_layer0", "map_layer1"):
       emb = nn.silu(nn.Dense(4 * self.channels, dtype=self.dtype, name=name)(emb))
     return emb
@@ -255,7 +283,7 @@ class FilteredConv(nn.Module):
     return resample(h, self.taps, pad=0) + bias.astype(self.dtype)[None, None, None]
 
 
-class DhariwalUNet(_EDMUNet):
+class DhariwalUNet(EDMUNet):
   """ADM, `(x [B,H,H,C], t [B], cond) -> [B,H,H,out_channels]`; t is EDM's c_noise. EDM's ImageNet-64 network is
 
       DhariwalUNet(64, 3, 1000, channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
@@ -282,12 +310,12 @@ class DhariwalUNet(_EDMUNet):
     """
     require_features(features, self.feature_names())
     dtype, names, found, skips = self.dtype, self._names(), {}, []
-    last, emb = len(names) - 1, self._embed(t, cond)
+    last, emb, one = len(names) - 1, self._embed(t, cond), rematerialised(Block, self.remat)
 
     def block(h, level, name, resample="", attention=False):
       width = self.channels * self.channel_mult[level] if not resample else h.shape[-1]
       heads = width // self.per_head if attention else 0
-      return Block(width, False, resample, heads, dropout=self.dropout, dtype=dtype, name=name)(h, emb, keys)
+      return one(width, False, resample, heads, dropout=self.dropout, dtype=dtype, name=name)(h, emb, keys)
 
     h = nn.Conv(self.channels * self.channel_mult[0], (3, 3), dtype=dtype, name=f"enc_{names[0]}_conv")(x)
     for i, at in enumerate(names):
@@ -313,7 +341,7 @@ class DhariwalUNet(_EDMUNet):
 
   def _embed(self, t: Array, cond: Cond) -> Array:
     emb = timestep_embedding(t.astype(jnp.promote_types(self.dtype, jnp.float32)), self.channels, True, 0.0)
-    emb = self._add_augment(emb, cond)
+    emb = self._add_conditions(emb, t, cond)
     emb = nn.silu(nn.Dense(4 * self.channels, dtype=self.dtype, name="map_layer0")(emb))
     emb = nn.Dense(4 * self.channels, dtype=self.dtype, name="map_layer1")(emb)
     if self.num_classes:
