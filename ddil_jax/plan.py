@@ -18,6 +18,7 @@ import pathlib
 import re
 import threading
 import time
+import warnings
 from typing import NamedTuple
 
 import jax
@@ -229,7 +230,8 @@ def plan(config: ConfigDict, topology: str, batch_size: int = 0, say=print, comp
   programs = []
   given = runner.lay(make_state, teacher, batch)
   for due in dict.fromkeys(dues) if compiled else ():
-    ideal = collectives.ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices))
+    ideal = collectives.ideal_bytes(make_step(Layout()), given, due, config.train.fsdp, len(devices),
+                                    config.model.dtype)
     programs.append(_program(runner.lower(given, due), due, ideal, bytes_per_chip(given), topology, say))
   state = given["state"]
   kept = {"parameters": state.params, "optimizers": state.opt, "averages": state.ema, "teacher": given["frozen"],
@@ -335,7 +337,9 @@ def _compile(lowered, due, ideal, arguments, say) -> Program:
 
   threading.Thread(target=alive, daemon=True).start()
   try:
-    compiled = lowered.compile()
+    with warnings.catch_warnings():  # of a program of a TPU in JAX's cache, which only a TPU can read
+      warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
+      compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     words = " ".join(str(error).partition("See https")[0].split())
     if "RESOURCE_EXHAUSTED" not in words:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,31 @@ def test_the_least_that_has_to_be_sent(plans):
   assert plans[4].programs[0].ideal == pytest.approx((gathers + sums) * (params - small) + small * 2 * 7 / 8)
 
 
+def test_kernels_are_gathered_as_networks_read_them():
+  """In bfloat16 half of a kernel's bytes, all of a bias's; gradients are summed in float32."""
+  class State(NamedTuple):
+    params: dict
+    ema: dict
+    dist: tuple
+
+  mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+  shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.float32, sharding=jax.sharding.NamedSharding(  # noqa: E731
+      mesh, jax.sharding.PartitionSpec("fsdp")))
+  state = State({"student": {"kernel": shape(8, 4), "bias": shape(4)}}, {}, ())
+
+  def step(state, frozen, batch, key, due):
+    loss = lambda p: jnp.sum(batch @ p["kernel"] + p["bias"][None])  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(state.params["student"])
+    moved = jax.tree.map(lambda p, g: p - g, state.params["student"], gradient)
+    return state._replace(params={"student": moved}), {"loss": value}
+
+  given = {"state": state, "frozen": {}, "batch": jax.ShapeDtypeStruct((8, 8), jnp.float32)}
+  sums = (3 / 4 + 2 * 1 / 2 / 4) * (128 + 16)
+  for dtype, kernel in (("float32", 128), ("bfloat16", 64)):
+    found = collectives.ideal_bytes(step, given, ("student",), 4, 8, dtype)
+    assert found == pytest.approx(3 / 4 * (kernel + 16) + sums)
+
+
 def test_loops_count_as_often_as_they_run():
   mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
   whole, split = (jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)) for axes in ((), ("d",)))
@@ -131,6 +157,24 @@ def test_a_gather_that_runs_beside_other_operations_counts_once():
   text += "ENTRY %main (x: bf16[16,2]) -> bf16[64,2] {\n" + "".join(
       f"  %{name}.1 = bf16[64,2] fusion(%x), kind=kLoop, calls=%{name}\n" for name in fusions) + "}\n"
   assert collectives.collective_bytes(text) == {"all-gather": (3 / 4 * 256, 3 / 4 * 256)}
+
+
+def test_a_sum_of_which_a_slice_is_kept_counts_as_a_scatter():
+  """As XLA for TPUs writes it, padded; a sum in another computation stays one."""
+  text = """
+%all-reduce-scatter.3 (input: f32[60,2]) -> f32[16,2] {
+  %pad = f32[64,2] pad(%input, %zero), padding=0_4x0_0
+  %all-reduce.1 = f32[64,2]{1,0:T(8,128)} all-reduce(%pad), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%sum
+  ROOT %d = f32[16,2] dynamic-slice(%all-reduce.1, %i, %j), dynamic_slice_sizes={16,2}
+}
+
+ENTRY %main (x: f32[60,2]) -> f32[16,2] {
+  %f = f32[16,2] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.3
+  ROOT %s = f32[16,2] all-reduce(%f), replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
+}
+"""
+  assert collectives.collective_bytes(text) == {
+      "reduce-scatter": (3 / 4 * 512, 3 / 4 * 512), "all-reduce": (2 / 2 * 128, 2 / 2 * 128)}
 
 
 def test_what_fits_and_what_would(plans):
