@@ -307,7 +307,8 @@ def train(data, out, smoke: bool = False) -> None:
     diffusers.save(out / TEXT_ENCODER, {"text_model": params["text_model"]}, _about(text))
     extractors.save(out / CLIP, "clip", clip.fields_of(CLIP_CONFIG), {"params": params}, {})
   for part, numbers in files.read_json(out / REPORT).items():
-    print(f"{part}: " + ", ".join(f"{name} {value}" for name, value in numbers.items()))
+    print(f"{part}: " + ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                                  for name, value in numbers.items()))
 
 
 def _about(config: dict) -> dict:

@@ -144,7 +144,8 @@ def measure(size: Size) -> list[dict]:
 def growth(dataset: Dataset, network, size: Size) -> list[dict]:
   """Exponents of time and memory over batch, resolution, virtual devices and the steps of a rollout."""
   del dataset, network
-  return in_a_process("launch.bench.growth", size, f"--xla_force_host_platform_device_count={DEVICES}")
+  return in_a_process("launch.bench.growth", size, f"--xla_force_host_platform_device_count={DEVICES}",
+                      NPROC=str(2 * DEVICES))  # see launch/local.py::environment
 
 
 if __name__ == "__main__":
