@@ -248,7 +248,9 @@ def published_networks(config: ConfigDict, image_shape, num_classes: int, predic
     raise UsageError(f"config.model.file={path} maps {module.in_channels} to {module.out_channels} channels;"
                      f" images of {channels} and this prediction need {channels} to {channels * prediction_.channels}")
   guided = config.teacher.guidance_scale != 1 or config.objective.name == "denoising"
-  if module.labels not in (0, num_classes + 1) and (guided or module.labels != num_classes):
+  # A network of EDM always has the null class: with as many labels as the data has classes it would lack one.
+  needs_null = guided or isinstance(module, EDMUNet)
+  if module.labels not in (0, num_classes + 1) and (needs_null or module.labels != num_classes):
     raise UsageError(f"config.model.file={path} has {module.labels} classes; the data has {num_classes}, and"
                      f" {num_classes + 1} are needed with the null class of guidance")
   how = dict(dtype=jnp.dtype(config.model.dtype), dropout=config.model.dropout, remat=config.model.remat)

@@ -29,8 +29,8 @@ def trials(workdir: pathlib.Path, seeds: int = 1, smoke: bool = False) -> list[T
   clip = f"clip:{models / 'clip.safetensors'}"
   common = {"data.path": str(data), "eval.extractor": clip, "eval.captions": "" if smoke else clip}
   if smoke:
-    common |= {"train.steps": "2", "train.batch_size": "8", "eval.num_samples": "8", "eval.batch_size": "8", "eval.shift_samples": "0",
-               "eval.metrics": "('fd',)", "eval.sampler_steps": "()"}
+    common |= {"train.steps": "2", "train.batch_size": "8", "eval.num_samples": "8", "eval.batch_size": "8",
+               "eval.shift_samples": "0", "eval.metrics": "('fd',)", "eval.sampler_steps": "()"}
   teacher = Trial("teacher", "configs/emoji_teacher.py", common | ({"objective.sampler_steps": "2"} if smoke else {}))
   out = [teacher]
   for seed in range(seeds):

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ddil_jax import build
+from ddil_jax.data import pipeline
 from ddil_jax.diffusion import solvers
 from ddil_jax.objectives.base import bind, completed
 from ddil_jax.states.forward import forward
@@ -58,3 +60,19 @@ def run(objective, distribution, teacher, mode="single", steps=3, batch_size=8, 
     batch = runner.place_batch(toys.toy_batch(batch_size, i))
     state, metrics = runner.step(state, frozen, batch, jax.random.key(seed), due_players(objective, i))
   return runner.fetch(state), metrics
+
+
+def trace_step(config):
+  """Traces the first step of a config: it gives back shapes and dtypes that it was given, and every player's loss."""
+  built = build.build(config)
+  batch, decays = pipeline.batches(built.dataset, config.train.batch_size, 0)[0], built.ema_decays
+
+  def two_states(key, batch):
+    teacher = built.init_teacher(key) if built.init_teacher else ()
+    state = init_state(built.objective, built.distribution, built.optimizers, decays, key, teacher, batch)
+    step = make_train_step(built.objective, built.distribution, built.optimizers, decays, config.train.batch_size)
+    return state, step(state, {"teacher": teacher}, batch, key, due_players(built.objective, 0))
+
+  before, (after, metrics) = jax.eval_shape(two_states, jax.random.key(0), batch)
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), before) == jax.tree.map(lambda a: (a.shape, a.dtype), after)
+  assert {f"{player.name}/loss" for player in built.objective.players} <= set(metrics)

@@ -4,16 +4,14 @@ import json
 import math
 import re
 
-import jax
 import pytest
 
 from ddil_jax import build
 from ddil_jax import config as config_lib
 from ddil_jax.errors import UsageError
-from ddil_jax.data import pipeline
 from ddil_jax.evaluation import report_rows
 from ddil_jax.main import main
-from ddil_jax.training.step import due_players, init_state, make_train_step
+from tests.building import trace_step
 from tests.running import SHORT, shared  # noqa: F401 (a fixture)
 
 NAMES = config_lib.available()
@@ -47,19 +45,8 @@ def test_modifiers_build(name):
   for arg in [*alone, ",".join([*modifiers(name), "smoke"])]:
     config = config_lib.load(f"configs/{name}.py:{arg}", few)
     assert arg == "smoke" or config_lib.flatten(config) != config_lib.flatten(plain), arg
-    built = build.build(config)
-  batch = pipeline.batches(built.dataset, config.train.batch_size, 0)[0]
-  decays = built.ema_decays
-
-  def two_states(key, batch):
-    teacher = built.init_teacher(key) if built.init_teacher else ()
-    state = init_state(built.objective, built.distribution, built.optimizers, decays, key, teacher, batch)
-    step = make_train_step(built.objective, built.distribution, built.optimizers, decays, config.train.batch_size)
-    return state, step(state, {"teacher": teacher}, batch, key, due_players(built.objective, 0))
-
-  before, (after, metrics) = jax.eval_shape(two_states, jax.random.key(0), batch)
-  assert jax.tree.map(lambda a: (a.shape, a.dtype), before) == jax.tree.map(lambda a: (a.shape, a.dtype), after)
-  assert {f"{player.name}/loss" for player in built.objective.players} <= set(metrics)
+    build.build(config)
+  trace_step(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
